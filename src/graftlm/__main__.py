@@ -1,0 +1,5 @@
+"""`python -m graftlm` is `graft`."""
+
+from graftlm.cli.main import main
+
+main()

@@ -1,0 +1,72 @@
+"""The command `graft`: which verbs there are, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from graftlm.cli import adapters, data, env, evaluate, tune
+from graftlm.cli.errors import Interrupted, report
+from graftlm.cli.options import FLAG, examples
+from graftlm.core.version import __version__
+
+app = typer.Typer(
+    name="graft",
+    help="Graft small trained adapters onto frozen language models.",
+    epilog=examples(
+        ("graft demo", "everything once, offline"),
+        ("graft check train.jsonl", "what would be trained on"),
+        ("graft tune train.jsonl --model Qwen/Qwen3-0.6B", "train, evaluate, verify"),
+    ),
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
+for group in (tune, data, evaluate, adapters, env):
+    group.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def graft(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar=FLAG, help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; whatever goes wrong has been printed."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json, debug = "--json" in options, "--debug" in options
+    verbs = {verb.name for verb in app.registered_commands}
+    command = " ".join(["graft", *(word for word in arguments[:1] if word in verbs)])
+    try:
+        code = typer.main.get_command(app).main(list(arguments), prog_name="graft", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = Interrupted.exit_code
+    # The last line of defence: without --debug nobody sees a traceback, whatever was raised.
+    except Exception as error:
+        return report(error, command=command, as_json=as_json, debug=debug)
+    if code == Interrupted.exit_code:
+        return report(Interrupted("Interrupted."), command=command, as_json=as_json, debug=False)
+    return int(code or 0)
+
+
+def main() -> NoReturn:
+    """Entry point of the script `graft`."""
+    sys.exit(run(sys.argv[1:]))

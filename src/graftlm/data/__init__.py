@@ -1,0 +1,1 @@
+"""Data: read, recognise, render, encode, split, batch and check."""

@@ -1,0 +1,53 @@
+"""A seeded hold-out in which equal rows never sit on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from graftlm.core.errors import DataError
+from graftlm.data.duplicates import alike
+from graftlm.data.records import Example
+
+
+def split(
+    examples: Sequence[Example], fraction: float, seed: int, minimum: int = 30
+) -> tuple[list[Example], list[Example]]:
+    """Part `examples` into (train, held out), both in their old order.
+
+    Held out are `fraction` of the rows but at least `minimum`, and never more than half. Rows that are
+    equal up to case and spacing, and near duplicates as far as they are found (see `duplicates`), go to the
+    same side, so that nothing that was trained on is evaluated on; the hold-out is therefore
+    smaller than asked if equal rows are many.
+
+    Raises:
+        DataError: `fraction` is not within [0, 1).
+
+    >>> from graftlm.data.records import Turn
+    >>> rows = [Example((Turn("text", f"story {n}", True),), row=n) for n in range(100)]
+    >>> train, held_out = split(rows, fraction=0.1, seed=1)
+    >>> len(train), len(held_out)
+    (70, 30)
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(
+            f"The hold-out fraction is {fraction}.",
+            meaning="It is the part of the rows kept for evaluation.",
+            fix="Use a number from 0 (no hold-out) to below 1, such as 0.1.",
+        )
+    if fraction == 0:
+        return list(examples), []
+    wanted = min(max(round(len(examples) * fraction), minimum), len(examples) // 2)
+    groups = alike(examples)
+    held: set[int] = set()
+    for group in sorted(groups, key=lambda group: _rank(examples[group[0]].key, seed)):
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+        if len(held) == wanted:
+            break
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def _rank(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\x1d{key}".encode()).digest()

@@ -1,0 +1,1 @@
+"""What a run did, with intervals, and the page that says it."""

@@ -1,0 +1,206 @@
+"""An adapter on disk: `adapter_config.json` and `adapter_model.safetensors` as PEFT has them, `graft.json`.
+
+Saving is deterministic to the byte and touches no network. Loading is strict: every tensor of the file is
+applied and every parameter of the adapter is in the file, or nothing happens and each of them is named.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from graftlm.core.errors import FormatError
+from graftlm.core.files import write_atomic
+from graftlm.formats import peft_config
+from graftlm.formats.fingerprint import BaseIdentity, identify
+from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, clean_key, tensor_key
+from graftlm.methods.adapter_set import AdapterSet
+from graftlm.methods.copies import FullCopy
+from graftlm.methods.site import base_modules
+from graftlm.methods.targets import named
+
+CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "graft.json"
+SCHEMA = 1
+
+
+class Folder:
+    """Storage of adapters in folders; the one implementation of `Storage`."""
+
+    def save(self, adapters: AdapterSet, directory: Path, name: str) -> None:
+        """Write the three files into `directory` itself; an adapter that lies there already is an error."""
+        if (directory / CONFIG).exists():
+            raise FormatError(
+                f"{directory} already holds an adapter.", fix="Choose another folder, or remove this one."
+            )
+        copied = [path for path, part in adapters.sites(name).items() if isinstance(part, FullCopy)]
+        base = identify(adapters.model, without=copied)
+        tensors = adapter_tensors(adapters, name)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
+        write_atomic(directory / EXTRA, _json({"schema": SCHEMA, "base": base.as_dict()}))
+        write_atomic(directory / CONFIG, _json(peft_config.to_json(adapters, name, base.name)))
+
+    def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None:
+        """Read the adapter in `directory` as `name`, inactive and frozen; on any error nothing is added."""
+        content, tensors = read_folder(directory)
+        config = peft_config.from_json(content, tensors, str(directory / CONFIG))
+        copied = named(adapters.model, config.modules_to_save or (), "modules_to_save")
+        _check_base(adapters.model, directory, copied, strict=strict)
+        adapters.add(name, config)
+        with ExitStack() as undo:
+            undo.callback(adapters.delete, name)
+            _fill(adapters, name, tensors, str(directory / TENSORS), strict=strict)
+            undo.pop_all()
+
+
+FOLDER = Folder()
+
+
+def adapter_tensors(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter under PEFT's keys, contiguous, on the CPU, sorted by key.
+
+    Raises:
+        FormatError: a tensor is empty (sharded away) or not finite.
+    """
+    found: dict[str, Tensor] = {}
+    for path, part in adapters.sites(name).items():
+        for key, parameter in part.named_parameters():
+            found[tensor_key(path, part, key)] = parameter.detach().cpu().contiguous()
+    bad = [key for key, tensor in found.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
+    if bad:
+        raise FormatError(
+            f"Adapter {name!r} has tensors that are empty or not finite.",
+            problems=bad[:10],
+            meaning="The training diverged, or the parameters live on another process.",
+        )
+    return dict(sorted(found.items()))
+
+
+def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config fields and tensors of an adapter folder, as they are.
+
+    Raises:
+        FormatError: a file is missing, damaged, or of a format that can run code.
+    """
+    if not (directory / CONFIG).is_file():
+        inner = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG}")) if directory.is_dir() else []
+        raise FormatError(
+            f"{directory} holds no {CONFIG}.",
+            meaning="It is not an adapter folder.",
+            fix=f"Did you mean {directory / inner[0]}?"
+            if inner
+            else "Give the folder that holds the adapter.",
+        )
+    if not (directory / TENSORS).is_file():
+        has_pickle = (directory / "adapter_model.bin").exists()
+        raise FormatError(
+            f"{directory} holds no {TENSORS}.",
+            meaning="adapter_model.bin is a pickle, which can run code when it is read."
+            if has_pickle
+            else "",
+            fix="Save the adapter again with safetensors.",
+        )
+    return _read_json(directory / CONFIG), _read_tensors(directory / TENSORS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path} is not valid JSON: {error}.", meaning="The file is damaged or cut off."
+        ) from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds {type(content).__name__}, not an object.")
+    return content
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {clean_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path} cannot be read: {error}.",
+            meaning="The file is damaged or cut off, for instance by a full disk or a broken download.",
+            fix="Copy or train the adapter again.",
+        ) from None
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        raise FormatError(
+            f"{path} holds NaN or infinity.", problems=bad[:10], meaning="The training diverged."
+        )
+    return tensors
+
+
+def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, strict: bool) -> None:
+    """Compare the base with the one that `graft.json` names, where the file is there."""
+    if not (directory / EXTRA).is_file():
+        return
+    theirs = BaseIdentity.from_dict(_read_json(directory / EXTRA).get("base", {}), str(directory / EXTRA))
+    ours = identify(model, without=copied)
+    if ours.is_same(theirs) or ours.is_close(theirs):
+        return
+    message = f"The adapter in {directory} was trained on another base ({theirs.name or 'unnamed'})."
+    if strict:
+        raise FormatError(
+            message,
+            meaning=f"The weights of this base ({ours.name or 'unnamed'}) are not those it was trained on.",
+            fix="Load the base that it names, or pass strict=False if you know that they belong together.",
+        )
+    warnings.warn(message, stacklevel=5)
+
+
+def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:
+    wanted = {
+        tensor_key(path, part, key): parameter
+        for path, part in adapters.sites(name).items()
+        for key, parameter in part.named_parameters()
+    }
+    problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]
+    for key in sorted(tensors.keys() - wanted.keys()):
+        problems += _unexpected(adapters.model, key, tensors[key])
+    for key in sorted(wanted.keys() & tensors.keys()):
+        if wanted[key].shape != tensors[key].shape:
+            problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(wanted[key].shape)}")
+            del wanted[key]
+    if problems and strict:
+        raise FormatError(
+            f"{source} does not fit this model ({len(problems)} tensors).",
+            problems=[
+                *problems[:10],
+                *([f"... and {len(problems) - 10} more"] if len(problems) > 10 else []),
+            ],
+            meaning="It was made for another base, or by a tool that names things differently.",
+            fix="Load the base that the adapter names in adapter_config.json.",
+        )
+    if problems:
+        warnings.warn(f"{source}: not applied: {'; '.join(problems)}", stacklevel=5)
+    with torch.no_grad():
+        for key in wanted.keys() & tensors.keys():
+            wanted[key].copy_(tensors[key])
+
+
+def _unexpected(model: nn.Module, key: str, tensor: Tensor) -> list[str]:
+    """A copy of the base's own embedding is harmless; anything else would be silently lost."""
+    path = key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT).removesuffix(".weight")
+    base = base_modules(model).get(path)
+    if not isinstance(base, nn.Embedding | nn.Linear):
+        return [f"unexpected: {key}"]
+    weight = base.weight
+    if weight.shape == tensor.shape and torch.equal(weight.float(), tensor.float()):
+        return []
+    return [f"other base weight: {key} differs from this model's"]
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""Operators: declared once, with a plain reference for each."""

@@ -1,0 +1,1 @@
+"""Adapters: what they compute, where they go, and who owns their state."""

@@ -1,0 +1,306 @@
+"""The owner of all that is adapted on one model. Each change is validated first, then committed whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from graftlm.core.errors import AdapterError
+from graftlm.methods import merge as merging
+from graftlm.methods.base import MethodConfig, SiteAdapter
+from graftlm.methods.install import Installation
+from graftlm.methods.resolve import resolve
+from graftlm.methods.routing import routed
+from graftlm.methods.state import State, as_names, check_name
+
+ParameterType = Literal["float32", "base"]
+ATTRIBUTE = "graft_adapters"
+
+
+class Storage(Protocol):
+    """How adapters get to disk and back; given in from above, so that no method knows formats."""
+
+    def save(self, adapters: AdapterSet, directory: Path, name: str) -> None: ...
+
+    def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None: ...
+
+
+class AdapterSet:
+    """All adapters of one model: which exist, are active, trainable, merged.
+
+    Made by `attach`. The three states are independent: an adapter can be active and frozen, trainable and
+    inactive, merged and inactive. Nothing here ever edits the base: `detach` puts back the very same modules.
+    """
+
+    def __init__(self, model: nn.Module, storage: Storage) -> None:
+        self.model = model
+        self._storage = storage
+        self._installation = Installation(model)
+        self._configs: dict[str, MethodConfig] = {}
+        self._state = State()
+        self._has_split_tie = False
+        object.__setattr__(model, ATTRIBUTE, self)
+
+    def __repr__(self) -> str:
+        state = self._state
+        return f"AdapterSet({list(self.names)}, active={state.active}, merged={state.merged})"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._configs
+
+    # What there is.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every adapter that exists, in order of arrival."""
+        return tuple(self._configs)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters whose changes are applied (or are already in the weights)."""
+        return self._state.active
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The adapters whose parameters require gradients."""
+        return self._state.trainable
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are folded into the base's weights."""
+        return self._state.merged
+
+    def config(self, name: str) -> MethodConfig:
+        """The config that the adapter was made from."""
+        self._require(name)
+        return self._configs[name]
+
+    def sites(self, name: str) -> dict[str, SiteAdapter]:
+        """The parts of one adapter by module path, in model order."""
+        self._require(name)
+        return {path: site.adapter(name) for path, site in self._installation.sites.items() if site.has(name)}
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters by path."""
+        return {
+            f"{path}.{key}": p
+            for path, part in self.sites(name).items()
+            for key, p in part.named_parameters()
+        }
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The adapter's own parameters."""
+        return iter(self.named_parameters(name).values())
+
+    def print_trainable_parameters(self) -> None:
+        """`trainable params: ... || all params: ... || trainable%: ...`"""
+        trainable, total = self.count_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the model with its adapters."""
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    # Making and removing adapters.
+
+    def add(self, name: str, config: MethodConfig, *, dtype: ParameterType = "float32") -> None:
+        """Make a new adapter, inactive and frozen.
+
+        Raises:
+            AdapterError: the name is taken or malformed; TargetError: targets do not resolve.
+        """
+        check_name(name)
+        if name in self._configs:
+            raise AdapterError(
+                f"An adapter named {name!r} exists already.",
+                fix=f"Choose another name, or delete it first: adapters.delete({name!r}).",
+            )
+        self._require_attached()
+        with merging.without_merges(self._installation.sites.values()):
+            parts = {
+                placement.path: _prepared(placement.build(), placement.layer.module, dtype)
+                for placement in resolve(self.model, config).placements
+            }
+        self._installation.install(name, parts)
+        self._configs[name] = config
+        self._commit(self._state)
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter. An error while it is merged."""
+        self._require(name)
+        self._require_unrouted()
+        if name in self.merged:
+            raise AdapterError(
+                f"Adapter {name!r} is merged into the base.", fix=f"First adapters.unmerge({name!r})."
+            )
+        self._installation.remove(name)
+        del self._configs[name]
+        state = self._state
+        self._commit(
+            replace(state, active=_without(state.active, name), trainable=_without(state.trainable, name))
+        )
+
+    def detach(self) -> nn.Module:
+        """Unmerge, remove every adapter; the model has its own modules and `requires_grad` flags again."""
+        self._require_attached()
+        self.unmerge()
+        return self._leave()
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge what is active, and leave it in the weights of a plain model without adapters."""
+        self._require_attached()
+        self._set_merged(tuple(dict.fromkeys((*self.merged, *self.active))))
+        self._installation.keep_merged()
+        return self._leave()
+
+    # State.
+
+    def activate(self, names: str | Iterable[str]) -> None:
+        """Apply exactly these adapters; `[]` for none. Their changes are summed."""
+        self._commit(replace(self._state, active=self._known(names)))
+
+    def train_only(self, names: str | Iterable[str]) -> None:
+        """Require gradients of exactly these adapters."""
+        self._commit(replace(self._state, trainable=self._known(names)))
+
+    def activated(self, names: str | Iterable[str]) -> AbstractContextManager[None]:
+        """The given adapters active for the length of a block."""
+        return self._during(active=self._known(names))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """No unmerged adapter is applied for the length of a block; what is merged stays merged."""
+        return self._during(is_enabled=False)
+
+    def routed(self, rows: Sequence[str | None]) -> AbstractContextManager[None]:
+        """One adapter per row of the batch (`None`: the base), in forward, `generate` and training."""
+        self._known(name for name in rows if name is not None)
+        self._require_unrouted()
+        if not rows or self.merged:
+            raise AdapterError(
+                "No rows were given to route." if not rows else f"Adapters {list(self.merged)} are merged.",
+                meaning="" if not rows else "A merged adapter acts on every row.",
+                fix="Give one name per row." if not rows else "First adapters.unmerge().",
+            )
+        return routed(self.model, rows, self._installation.sites.values())
+
+    # Merging.
+
+    def merge(self, names: str | Iterable[str] | None = None) -> None:
+        """Fold adapters (default: the active ones) into the base's weights, all or nothing.
+
+        Raises:
+            MergeError: a method that cannot be merged, a packed base, or a result that is not finite.
+        """
+        wanted = self._known(self.active if names is None else names)
+        again = [name for name in wanted if name in self.merged]
+        if again:
+            warnings.warn(f"Already merged, nothing to do for: {', '.join(again)}", stacklevel=2)
+        self._set_merged(tuple(dict.fromkeys((*self.merged, *wanted))))
+
+    def unmerge(self, names: str | Iterable[str] | None = None) -> None:
+        """Take adapters (default: all merged ones) out of the weights; the base gets its original bytes."""
+        wanted = self._known(self.merged if names is None else names)
+        self._set_merged(tuple(name for name in self.merged if name not in wanted))
+
+    def _set_merged(self, names: tuple[str, ...]) -> None:
+        if names == self.merged:
+            return
+        self._require_unrouted()
+        merging.set_merged(self._installation.sites, names)
+        self._commit(replace(self._state, merged=names))
+        self._keep_tying_honest()
+
+    def _keep_tying_honest(self) -> None:
+        """Merging into one of a pair of tied weights unties the pair; the model's config must say so."""
+        config: Any = getattr(self.model, "config", None)
+        is_split = merging.splits_a_tie(self.model, self._installation.sites.values())
+        if is_split and getattr(config, "tie_word_embeddings", False):
+            self._has_split_tie, config.tie_word_embeddings = True, False
+            warnings.warn(
+                "Merging unties the embeddings: the config now says tie_word_embeddings=False.", stacklevel=4
+            )
+        elif self._has_split_tie and not is_split:
+            self._has_split_tie, config.tie_word_embeddings = False, True
+
+    # On disk.
+
+    def save(self, directory: str | Path, name: str = "default") -> None:
+        """Write one adapter into `directory` itself, in PEFT's layout."""
+        self._require(name)
+        self._storage.save(self, Path(directory), name)
+
+    def load(self, directory: str | Path, name: str = "default", *, strict: bool = True) -> None:
+        """Read an adapter under a new name, inactive and frozen."""
+        self._storage.load(self, Path(directory), name, strict=strict)
+
+    # One way to change anything.
+
+    def _commit(self, state: State) -> None:
+        self._installation.show(state.applied, is_enabled=state.is_enabled)
+        self._installation.train(state.trainable)
+        self._state = state
+
+    @contextmanager
+    def _during(self, **changes: Any) -> Iterator[None]:
+        before = self._state
+        self._commit(replace(before, **changes))
+        try:
+            yield
+        finally:
+            active = tuple(name for name in before.active if name in self)
+            self._commit(replace(self._state, active=active, is_enabled=before.is_enabled))
+
+    def _leave(self) -> nn.Module:
+        self._installation.uninstall()
+        self._configs, self._state = {}, State()
+        object.__delattr__(self.model, ATTRIBUTE)
+        return self.model
+
+    def _require_attached(self) -> None:
+        if getattr(self.model, ATTRIBUTE, None) is not self:
+            raise AdapterError(
+                "These adapters were detached from their model.", fix="Attach again: gl.attach(model, ...)."
+            )
+        self._require_unrouted()
+
+    def _require_unrouted(self) -> None:
+        if any(site.route is not None for site in self._installation.sites.values()):
+            raise AdapterError(
+                "Rows are routed to adapters at the moment.",
+                meaning="What exists and what is merged must stay while a routed() block lasts.",
+                fix="Leave the block first.",
+            )
+
+    def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        wanted = as_names(names)
+        for name in wanted:
+            self._require(name)
+        return wanted
+
+    def _require(self, name: str) -> None:
+        if name not in self._configs:
+            known = ", ".join(map(repr, self.names)) or "none"
+            raise AdapterError(
+                f"There is no adapter named {name!r}.", fix=f"Adapters of this model: {known}."
+            )
+
+
+def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return tuple(other for other in names if other != name)
+
+
+def _prepared(part: SiteAdapter, base: nn.Module, dtype: ParameterType) -> SiteAdapter:
+    """The part on the base layer's device, in float32 masters or in the base's own dtype."""
+    reference = next(base.parameters())
+    prepared: Any = part.to(reference.device, torch.float32 if dtype == "float32" else reference.dtype)
+    assert isinstance(prepared, SiteAdapter)
+    return prepared

@@ -1,0 +1,83 @@
+"""Fold adapters into the base's weights, all or nothing, and take them out again to the byte.
+
+The originals are set aside as the very same `Parameter` objects, never edited: an unmerge puts them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core.errors import MergeError
+from graftlm.methods.base import Dense
+from graftlm.methods.site import Site
+from graftlm.quant.weights import WeightHandle
+
+
+def set_merged(sites: Mapping[str, Site], names: Sequence[str]) -> None:
+    """Make the weights of every site hold exactly the adapters `names`; nothing changes if any site refuses.
+
+    Raises:
+        MergeError: an adapter is no change of weights, the base is packed, or a weight would not be finite.
+    """
+    with ExitStack() as rollback:
+        for path, site in sites.items():
+            rollback.callback(_put_back, site, dict(site.originals), dict(site.base_layer.named_parameters()))
+            _set_site(path, site, [name for name in names if site.has(name)])
+        rollback.pop_all()
+
+
+def _put_back(site: Site, originals: dict[str, nn.Parameter], parameters: dict[str, nn.Parameter]) -> None:
+    WeightHandle(site.base_layer).restore(parameters)
+    site.originals = originals
+
+
+@contextmanager
+def without_merges(sites: Iterable[Site]) -> Iterator[None]:
+    """The base's own weights in place for the length of the block, for adapters that start from them."""
+    with ExitStack() as merged:
+        for site in sites:
+            handle = WeightHandle(site.base_layer)
+            folded = {key: site.base_layer.get_parameter(key) for key in site.originals}
+            merged.callback(handle.restore, folded)
+            handle.restore(site.originals)
+        yield
+
+
+def _set_site(path: str, site: Site, names: Sequence[str]) -> None:
+    handle = WeightHandle(site.base_layer)
+    handle.restore(site.originals)
+    site.originals = {}
+    if names:
+        handle.require_dense()
+        site.originals = handle.replace(_merged(path, site, handle.read(), names))
+
+
+@torch.no_grad()
+def _merged(path: str, site: Site, dense: Dense, names: Sequence[str]) -> dict[str, Tensor]:
+    """Base plus the sum of the changes of each adapter, in float32 or better."""
+    total: dict[str, Tensor] = {}
+    for name in names:
+        for key, value in site.adapter(name).merged(dense).items():
+            total[key] = value if key not in total else total[key] + (value - dense[key])
+            _require_finite(total[key], name, f"{path}.{key}", site.base_layer.get_parameter(key).dtype)
+    return total
+
+
+def _require_finite(value: Tensor, name: str, key: str, dtype: torch.dtype) -> None:
+    if not torch.isfinite(value.to(dtype)).all():
+        raise MergeError(
+            f"Merging adapter {name!r} would put NaN or infinity into {key}.",
+            meaning="The adapter's training diverged, or its values overflow the base's dtype.",
+            fix="Evaluate the adapter before merging; load the base in bfloat16 or float32 if it is float16.",
+        )
+
+
+def splits_a_tie(model: nn.Module, sites: Iterable[Site]) -> bool:
+    """Whether a merge replaced a weight that two modules held in common, as tied embeddings are."""
+    aside = [id(original) for site in sites for original in site.originals.values()]
+    still_held = {id(parameter) for parameter in model.parameters()}
+    return len(set(aside)) < len(aside) or not still_held.isdisjoint(aside)

@@ -1,0 +1,116 @@
+"""The first half of attaching: what would be done, worked out without touching the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from graftlm.core.errors import AdapterError
+from graftlm.methods import targets
+from graftlm.methods.base import Layer, MethodConfig, SiteAdapter
+from graftlm.methods.copies import FullCopy
+from graftlm.methods.site import Site, base_modules
+
+Maker = Callable[[Layer], SiteAdapter]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter to be made at one layer."""
+
+    layer: Layer
+    parameters: int
+    """Trainable numbers that it adds."""
+    make: Maker = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        return self.layer.path
+
+    def build(self) -> SiteAdapter:
+        """The adapter itself, with memory."""
+        return self.make(self.layer)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Everything that attaching a config would add."""
+
+    config: MethodConfig
+    placements: tuple[Placement, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(placement.path for placement in self.placements)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all."""
+        return sum(placement.parameters for placement in self.placements)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the adapter in float32, as it is trained."""
+        return 4 * self.parameters
+
+
+def resolve(model: nn.Module, config: MethodConfig) -> Resolution:
+    """What attaching `config` to `model` would do. Pure: no change, no memory for adapters.
+
+    Raises:
+        TargetError: targets match nothing, or nothing that can be adapted; all problems at once.
+        AdapterError: sites would lie inside each other.
+
+    >>> from graftlm.methods.lora import LoraConfig
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    >>> resolution = resolve(model, LoraConfig(r=2, target_modules=["0"]))
+    >>> resolution.paths, resolution.parameters
+    (('0',), 20)
+    """
+    modules = base_modules(model)
+    chosen = targets.select(model, config)
+    copied = targets.named(model, config.modules_to_save or (), "modules_to_save")
+    makers: dict[str, Maker] = {path: config.build for path in chosen if not _is_inside(path, copied)}
+    makers |= {p: m for p, m in config.extra(model, chosen).items() if not _is_inside(p, copied)}
+    makers |= dict.fromkeys(copied, _copy)
+    paths = [path for path in modules if path in makers]
+    _refuse_nesting(model, paths)
+    return Resolution(config, tuple(_place(Layer(path, modules[path]), makers[path]) for path in paths))
+
+
+def _place(layer: Layer, make: Maker) -> Placement:
+    """Count parameters by building on the meta device, where nothing takes memory."""
+    stand_ins = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in layer.module.parameters()
+    }
+    with torch.device("meta"):
+        adapter = make(Layer(layer.path, copy.deepcopy(layer.module, stand_ins)))
+    return Placement(layer, sum(p.numel() for p in adapter.parameters()), make)
+
+
+def _copy(layer: Layer) -> SiteAdapter:
+    return FullCopy(layer.module)
+
+
+def _is_inside(path: str, others: list[str]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in others)
+
+
+def _refuse_nesting(model: nn.Module, paths: list[str]) -> None:
+    """A site of one adapter inside the full copy of another would be bypassed where the copy answers."""
+    existing = [path for path, module in model.named_modules() if isinstance(module, Site)]
+    known = [*existing, *paths]
+    nested = [(p, other) for p in paths for other in known if p.startswith(f"{other}.")]
+    nested += [(p, other) for p in existing for other in paths if p.startswith(f"{other}.")]
+    if nested:
+        raise AdapterError(
+            "Some targets lie inside others.",
+            problems=[f"{inner} lies inside {outer}" for inner, outer in dict.fromkeys(nested)],
+            meaning="A module that one adapter copies whole cannot be adapted layer by layer by another.",
+            fix="Take the outer module out of modules_to_save, or exclude the inner one.",
+        )

@@ -1,0 +1,1 @@
+"""Bases: loading, generating, comparing."""

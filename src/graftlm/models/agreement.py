@@ -1,0 +1,91 @@
+"""Do two states of a model say the same? Figures that prove (or refute) a merge, a save or a reload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_MEAN_KL = 1e-3
+"""Nats per token between a merged model and its adapter; rounding to 16 bits stays well below."""
+MIN_TOP1 = 0.99
+"""Share of decided positions with the same most likely token."""
+DECIDED = 0.1
+"""Nats by which the best token leads the second where a position counts as decided; below that, 16-bit rounding
+alone may swap them."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Next-token distributions of two models on the same probes. KL in nats per token."""
+
+    probes: int
+    tokens: int
+    mean_kl: float
+    top1: float
+    """Share of decided positions with the same most likely token."""
+    largest_logit_difference: float
+
+    @property
+    def is_same_model(self) -> bool:
+        """Within what rounding in 16 bits explains."""
+        return self.mean_kl <= MAX_MEAN_KL and self.top1 >= MIN_TOP1
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports."""
+        return {**asdict(self), "is_same_model": self.is_same_model}
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.mean_kl:.1e} nats per token, top-1 agreement {100 * self.top1:.1f} % on "
+            f"{self.tokens} tokens of {self.probes} probes"
+        )
+
+
+@torch.no_grad()
+def logits_on(model: nn.Module, probes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of each probe, one at a time, in eval mode. Shapes: [tokens, vocabulary], float32, CPU."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        return [
+            model(input_ids=torch.tensor([list(probe)], device=device), use_cache=False)
+            .logits[0]
+            .float()
+            .cpu()
+            for probe in probes
+        ]
+    finally:
+        model.train(was_training)
+
+
+def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement:
+    """Compare two sets of logits on the same probes.
+
+    >>> same = [torch.eye(3)]
+    >>> agreement(same, same).mean_kl
+    0.0
+    """
+    ours, theirs = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
+    p, q = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return Agreement(
+        probes=len(reference),
+        tokens=ours.shape[0],
+        mean_kl=max(0.0, float(kl.mean())),
+        top1=_same_choice(p, q),
+        largest_logit_difference=float((ours - theirs).abs().max()),
+    )
+
+
+def _same_choice(p: Tensor, q: Tensor) -> float:
+    """Share of the same best token among positions where `p` has decided (log-probabilities)."""
+    best = p.topk(2, dim=-1).values
+    decided = best[:, 0] - best[:, 1] >= DECIDED
+    same = (p.argmax(-1) == q.argmax(-1))[decided]
+    return float(same.double().mean()) if same.numel() else 1.0

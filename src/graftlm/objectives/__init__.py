@@ -1,0 +1,1 @@
+"""Losses: batch in, sum and count out."""

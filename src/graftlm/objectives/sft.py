@@ -1,0 +1,117 @@
+"""Supervised fine-tuning: next-token cross-entropy on the labelled tokens of a causal language model.
+
+Only rows with a label reach the output head, in chunks, so that the logits of a batch never exist at
+once. The way there is chosen once per run and said: `path` and `why`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from graftlm.core.errors import ModelError
+from graftlm.data.batches import Batch, for_attention
+from graftlm.kernels.ops import linear_cross_entropy
+from graftlm.objectives.base import LossParts
+
+LOGITS_PER_CHUNK = 2**24
+"""Elements of logits that exist at a time: 64 MiB in float32."""
+
+Path = Literal["frozen head", "trained head", "full logits"]
+
+
+class SftObjective:
+    """Sum of -log p(token) over the labelled tokens of a batch, and their number."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                "This is an encoder-decoder model.",
+                meaning="Supervised fine-tuning (sft) is for causal language models.",
+                fix="Use a causal language model; seq2seq is not in this version.",
+            )
+        self.path: Path
+        self.path, self.why = choose_path(model)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LossParts:
+        batch = for_attention(batch, attention_of(model), next(model.parameters()).dtype)
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
+        rows = labels != -100
+        if self.path == "full logits":
+            logits = model(**batch.inputs, use_cache=False).logits[rows]
+            loss = _chunked(_sum_of_cross_entropies, logits, labels[rows], logits.shape[-1])
+        else:
+            hidden = hidden_states(model, batch.inputs)[rows]
+            loss = self._head_loss(model, hidden, labels[rows])
+        return LossParts(loss, batch.target_tokens)
+
+    def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+        head = model.get_output_embeddings()
+        vocabulary = head.weight.shape[0]
+        if self.path == "frozen head":
+            chunk = rows_per_chunk(vocabulary)
+            return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, chunk_rows=chunk)
+        return _chunked(lambda h, t: _sum_of_cross_entropies(head(h), t), hidden, labels, vocabulary)
+
+
+def choose_path(model: Any) -> tuple[Path, str]:
+    """How logits are formed on this model, and why not in a faster way."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(model, "base_model", model) is model:
+        return "full logits", "the model has no separate output head"
+    if not _logits_are_head_of_hidden(model, head):
+        return "full logits", "the model changes its logits after the output head"
+    if type(head) is nn.Linear and not head.weight.requires_grad:
+        return "frozen head", "the output head is frozen"
+    return "trained head", "the output head is trained or adapted"
+
+
+def attention_of(model: Any) -> str:
+    """The attention implementation that decides how documents in one window are kept apart."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "sdpa")
+
+
+def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Last hidden states of the backbone. Shape: [B, T, H]."""
+    hidden: Tensor = model.base_model(**inputs, use_cache=False)[0]
+    return hidden
+
+
+def rows_per_chunk(vocabulary: int) -> int:
+    """Rows whose logits fit into one chunk."""
+    return max(16, LOGITS_PER_CHUNK // vocabulary)
+
+
+@torch.no_grad()
+def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
+    """Some models cap or scale their logits; a probe of eight tokens tells."""
+    vocabulary = head.get_parameter("weight").shape[0]
+    ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    try:
+        direct = model(input_ids=ids, use_cache=False).logits.float()
+        formed = head(hidden_states(model, {"input_ids": ids})).float()
+    finally:
+        model.train(was_training)
+    return bool(torch.allclose(direct, formed, rtol=1e-3, atol=1e-3 * float(direct.abs().max())))
+
+
+def _chunked(
+    loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor, labels: Tensor, vocabulary: int
+) -> Tensor:
+    """Sum over chunks; each chunk's logits are formed again in backward instead of being kept."""
+    total = torch.zeros((), device=rows.device)
+    size = rows_per_chunk(vocabulary)
+    for part, target in zip(rows.split(size), labels.split(size), strict=True):
+        total = total + checkpoint(loss, part, target, use_reentrant=False)
+    return total
+
+
+def _sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -1,0 +1,1 @@
+"""How base weights are stored, read and replaced."""

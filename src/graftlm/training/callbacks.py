@@ -1,0 +1,53 @@
+"""What a run says while it goes: events, and who listens to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from graftlm.core.events import EventLog
+
+Kind = Literal["start", "step", "evaluate", "checkpoint", "skipped", "notice", "interrupted", "end"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened; `fields` are the ones of the same event in `events.jsonl`.
+
+    start {run, total_steps, start_step, trainable}; step {step, epoch, loss, learning_rate, grad_norm,
+    target_tokens, real_tokens, tokens_per_second, seconds, memory_bytes}; evaluate {step, loss, tokens,
+    rows}; checkpoint {step, path}; skipped {step, why, rows}; notice {text}; interrupted {step};
+    end {step, seconds, why}. Seconds are wall time, memory is the peak so far in bytes.
+    """
+
+    kind: Kind
+    fields: Mapping[str, Any]
+
+
+class Callback(Protocol):
+    """Called in the training process for every event, in order; an exception ends the run."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+class EventWriter:
+    """Writes every event to the run's log."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    def __call__(self, event: Event) -> None:
+        self._log.append(event.kind, **event.fields)
+
+
+class Announcer:
+    """Hands each event to every listener, the durable log first."""
+
+    def __init__(self, listeners: Sequence[Callback]) -> None:
+        self._listeners = tuple(listeners)
+
+    def __call__(self, kind: Kind, **fields: Any) -> None:
+        event = Event(kind, fields)
+        for listener in self._listeners:
+            listener(event)

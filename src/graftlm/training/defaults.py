@@ -1,0 +1,70 @@
+"""Values of a recipe that nobody wrote, fitted to base and data; what was written is never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graftlm.core.errors import ConfigError
+from graftlm.training.recipe import Recipe, TrainSection
+
+REFERENCE_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT = 2e-4, 4096, 0.8
+"""LoRA's usual 2e-4 belongs to models about 4,096 wide; narrower ones want more. The exponent is measured on
+models 64 to 256 wide (docs/results/learning-rate.md)."""
+HIGHEST_RATE = 5e-3
+ROWS_PER_STEP = 16
+"""Examples in one optimizer step."""
+
+
+def fitted_length(recipe: Recipe, context: int | None) -> Recipe:
+    """The recipe with `max_length` within the base's context; a longer one that was written is an error.
+
+    Raises:
+        ConfigError: `data.max_length` was written and does not fit.
+    """
+    wanted = recipe.data.max_length
+    if context is None or wanted <= context:
+        return recipe
+    if "max_length" in recipe.data.model_fields_set:
+        raise ConfigError(
+            f"data.max_length is {wanted}, but the context of this base is {context} tokens.",
+            meaning="Positions beyond the context were never trained.",
+            fix=f"Set data.max_length to at most {context}.",
+        )
+    return recipe.model_copy(update={"data": recipe.data.replace(max_length=context)})
+
+
+def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Recipe, list[str]]:
+    """The recipe with unwritten values filled in, and a sentence for each.
+
+    `lengths` are the tokens of the training rows. Batch settings aim at `ROWS_PER_STEP` examples per
+    optimizer step, whether rows are packed into windows or not.
+    """
+    written = recipe.train.model_fields_set
+    changes: dict[str, Any] = {}
+    notes: list[str] = []
+    if "learning_rate" not in written:
+        changes["learning_rate"] = rate_for_width(hidden_size)
+        notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
+    if recipe.data.packing and not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+        rows_per_window = max(1.0, recipe.data.max_length * len(lengths) / max(1, sum(lengths)))
+        windows = max(1, round(ROWS_PER_STEP / rows_per_window))
+        size = min(windows, TrainSection().per_device_train_batch_size)
+        changes["per_device_train_batch_size"] = size
+        changes["gradient_accumulation_steps"] = -(-windows // size)
+        notes.append(
+            f"{windows} windows of {recipe.data.max_length} tokens (about "
+            f"{windows * rows_per_window:.0f} rows) per step"
+        )
+    train = recipe.train.replace(**changes)
+    return recipe.model_copy(update={"train": train}), notes
+
+
+def rate_for_width(hidden_size: int) -> float:
+    """Learning rate of LoRA for a model of this width.
+
+    >>> rate_for_width(4096), rate_for_width(256)
+    (0.0002, 0.0018)
+    """
+    rate = REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** WIDTH_EXPONENT
+    return float(f"{min(rate, HIGHEST_RATE):.1e}")

@@ -1,0 +1,113 @@
+"""Progress for people, on standard error: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from graftlm.training.callbacks import Callback, Event
+
+
+def progress_display(stream: TextIO | None = None, *, line_seconds: float = 10.0) -> Callback:
+    """A bar if `stream` (standard error) is a terminal, else one line every `line_seconds`."""
+    target = sys.stderr if stream is None else stream
+    return ProgressBar(target) if target.isatty() else ProgressLines(target, line_seconds)
+
+
+def figures(fields: Mapping[str, Any]) -> str:
+    """The figures of one step event in one line.
+
+    >>> figures({"loss": 1.5, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "memory_bytes": 2**30})
+    'loss 1.5000  lr 2.00e-04  1,234 tok/s  1.00 GiB'
+    """
+    return (
+        f"loss {fields['loss']:.4f}  lr {fields['learning_rate']:.2e}  "
+        f"{fields['tokens_per_second']:,.0f} tok/s  {fields['memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def message(event: Event) -> str | None:
+    """The line that events other than steps deserve, if any."""
+    fields = event.fields
+    match event.kind:
+        case "evaluate":
+            return f"step {fields['step']}: held-out loss {fields['loss']:.4f} ({fields['rows']} rows)"
+        case "skipped":
+            return f"step {fields['step']} skipped: {fields['why']} (rows {_short(fields['rows'])})"
+        case "notice":
+            return str(fields["text"])
+        case "interrupted":
+            return f"stopped at step {fields['step']}; go on with --resume"
+        case "start" if fields["start_step"]:
+            return f"resuming after step {fields['start_step']} of {fields['total_steps']}"
+        case _:
+            return None
+
+
+def _short(rows: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return f"{shown}, ..." if len(rows) > 8 else shown
+
+
+class ProgressBar:
+    """Live bar: steps, loss, rate, tokens per second, memory, time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+        )
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "start":
+            self._task = self._bar.add_task(
+                "step", total=event.fields["total_steps"], completed=event.fields["start_step"], figures=""
+            )
+            self._bar.start()
+        elif event.kind == "step" and self._task is not None:
+            self._bar.update(self._task, completed=event.fields["step"], figures=figures(event.fields))
+        text = message(event)
+        if text:
+            self._bar.console.print(text, highlight=False, markup=False)
+        if event.kind == "end":
+            self._bar.stop()
+
+
+class ProgressLines:
+    """Plain lines for log files: the first step, then one every `seconds`, and the last."""
+
+    def __init__(self, stream: TextIO, seconds: float) -> None:
+        self._stream = stream
+        self._seconds = seconds
+        self._total = 0
+        self._shown_at = -float("inf")
+        self._rate: list[float] = []
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "start":
+            self._total = event.fields["total_steps"]
+        text = message(event)
+        if event.kind == "step":
+            text = self._step(event.fields)
+        if text:
+            print(text, file=self._stream, flush=True)
+
+    def _step(self, fields: Mapping[str, Any]) -> str | None:
+        self._rate = [*self._rate[-19:], fields["seconds"]]
+        now = time.monotonic()
+        if now - self._shown_at < self._seconds and fields["step"] != self._total:
+            return None
+        self._shown_at = now
+        left = (self._total - fields["step"]) * sum(self._rate) / len(self._rate)
+        return f"step {fields['step']}/{self._total}  {figures(fields)}  about {left:,.0f} s left"

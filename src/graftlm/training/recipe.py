@@ -1,0 +1,228 @@
+"""The recipe: everything a run needs to know, in one strict YAML file. Field names are the field's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from graftlm.core.config import Config, build, override, read_yaml
+from graftlm.methods.lora import LoraConfig
+
+LATER = "not in this version of Graft"
+SHORT = {"model": "name", "data": "path", "method": "type"}
+"""What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
+
+
+class ModelSection(Config):
+    """The base."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "model_name_or_path": "name",
+        "base_model": "name",
+        "load_in_4bit": "quantization",
+    }
+
+    name: str
+    """`sprout` (embedded), a local folder, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights and the computation."""
+    quantization: Literal["none"] = "none"
+    double_quant: Literal[True] = True
+    compute_dtype: Literal["bfloat16"] = "bfloat16"
+
+    @field_validator("quantization", "double_quant", "compute_dtype", mode="before")
+    @classmethod
+    def _only_unquantised(cls, value: Any, info: Any) -> Any:
+        default = cls.model_fields[info.field_name].default
+        if value != default:
+            raise ValueError(f"quantised bases are {LATER}; leave it at {default!r}")
+        return value
+
+
+class DataSection(Config):
+    """Where the examples are and how they become tokens."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "max_seq_length": "max_length",
+        "cutoff_len": "max_length",
+        "sequence_len": "max_length",
+        "sample_packing": "packing",
+        "val_size": "eval_fraction",
+        "val_set_size": "eval_fraction",
+        "train_on_inputs": "train_on",
+        "dataset": "path",
+    }
+
+    path: str
+    format: str = "auto"
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """The tokenizer's chat template where there is one (`auto`), or one of the two by force."""
+    eval_path: str | None = None
+    """Held-out rows in a file of their own; otherwise `eval_fraction` of `path` is held out."""
+    eval_fraction: float = Field(0.1, gt=0.0, lt=1.0)
+    max_length: int = Field(1024, ge=8)
+    packing: bool = True
+    train_on: Literal["completion", "all"] = "completion"
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do about rows that cannot be used: stop and list them, or leave them out and say so."""
+
+
+class LoraSection(LoraConfig):
+    """LoRA as a recipe spells it: `type` picks the method, the rest are its fields."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "lora_r": "r",
+        "lora_rank": "r",
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "lora_target": "target_modules",
+        "lora_target_modules": "target_modules",
+    }
+
+    type: Literal["lora"] = "lora"
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _only_lora(cls, value: Any) -> Any:
+        if value in ("qlora", "dora", "ia3", "bottleneck", "prefix", "prompt", "full"):
+            raise ValueError(f"this method is {LATER}; available: lora")
+        return value
+
+    def config(self) -> LoraConfig:
+        """The method's own config, without `type`."""
+        return LoraConfig(**self.model_dump(exclude={"type"}))
+
+
+class TrainSection(Config):
+    """The optimisation."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "lr": "learning_rate",
+        "epochs": "num_train_epochs",
+        "num_epochs": "num_train_epochs",
+        "iters": "max_steps",
+        "batch_size": "per_device_train_batch_size",
+        "micro_batch_size": "per_device_train_batch_size",
+        "grad_accumulation_steps": "gradient_accumulation_steps",
+        "lr_scheduler": "lr_scheduler_type",
+        "activation_checkpointing": "gradient_checkpointing",
+        "random_seed": "seed",
+    }
+
+    num_train_epochs: float = Field(3, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    """Optimizer steps; wins over `num_train_epochs`."""
+    per_device_train_batch_size: int = Field(4, gt=0)
+    gradient_accumulation_steps: int = Field(4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; the norm before that is what the log shows."""
+    optim: Literal["adamw"] = "adamw"
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """Learning rate of B over that of A (arXiv 2402.12354); none: the same."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    save_steps: int = Field(100, gt=0)
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints kept besides the best one."""
+    eval_steps: int = Field(100, gt=0)
+    early_stopping_patience: int | None = Field(None, gt=0)
+    seed: int = Field(42, ge=0)
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _only_adamw(cls, value: Any) -> Any:
+        if value in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"):
+            raise ValueError(f"this optimizer is {LATER}; available: adamw")
+        return value
+
+
+class EvalSection(Config):
+    """What is measured."""
+
+    metrics: Literal["auto"] | tuple[Literal["loss", "exact_match"], ...] = "auto"
+    """`auto`: held-out loss, and exact match where answers are short."""
+    before_after: bool = True
+    """Measure the base on the same rows first."""
+    known_path: str | None = None
+    """Text that the base already knows, to measure forgetting; otherwise the base writes it."""
+    max_forgetting: float | None = Field(None, gt=0)
+    """How much the loss on known text may rise before the verdict is FAIL (0.05: 5 %); none: only shown."""
+
+
+class OutputSection(Config):
+    """Where results go."""
+
+    dir: str | None = None
+    """Run folder; none: `runs/<data>-<number>`."""
+    register_as: None = None
+    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+
+    @field_validator("register_as", mode="before")
+    @classmethod
+    def _no_registry(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(f"the registry is {LATER}; leave it empty")
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return () if value in ("none", None) else (value,) if isinstance(value, str) else value
+
+
+class Recipe(Config):
+    """One run, whole. Only `model` and `data` have no default."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"base_model": "model", "lora": "method", "training": "train"}
+
+    model: ModelSection
+    data: DataSection
+    task: Literal["auto", "sft"] = "auto"
+    method: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_enough(cls, value: Any) -> Any:
+        return long_form(value) if isinstance(value, Mapping) else value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _only_sft(cls, value: Any) -> Any:
+        known = ("classification", "seq2seq", "dpo", "ipo", "simpo", "orpo", "kto", "reward", "grpo", "ppo")
+        if value in known:
+            raise ValueError(f"this task is {LATER}; available: sft")
+        return value
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply `section.field=value` overrides, validate everything at once.
+
+    Relative paths inside a recipe are relative to the current folder, as on the command line.
+
+    Raises:
+        ConfigError: every problem of the file, with the nearest right name.
+    """
+    return build(Recipe, override(long_form(read_yaml(path)), overrides), source=str(path))
+
+
+def make_recipe(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from command-line options and overrides."""
+    return build(Recipe, override(sections, overrides), source="The command")
+
+
+def long_form(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Short forms written out, so that overrides can reach inside."""
+    return {
+        key: {SHORT[key]: value} if key in SHORT and isinstance(value, str) else value
+        for key, value in mapping.items()
+    }

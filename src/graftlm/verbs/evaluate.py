@@ -1,0 +1,124 @@
+"""`graft eval`: an adapter on data it has not seen, against its base or another adapter, with intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.core.config import build, read_yaml
+from graftlm.evaluation.compare import Comparison, compare
+from graftlm.evaluation.runner import Evaluation
+from graftlm.evaluation.runner import evaluate as run_evaluation
+from graftlm.evaluation.verdict import Verdict, verdict
+from graftlm.formats.layout import FOLDER
+from graftlm.methods.attach import attach_folder
+from graftlm.models.generate import context_length
+from graftlm.models.load import load_model
+from graftlm.training.defaults import fitted_length
+from graftlm.training.recipe import DataSection, ModelSection, Recipe
+from graftlm.verbs.dataset import encode, read_examples
+from graftlm.verbs.measure import answers_wanted
+from graftlm.verbs.progress import progress
+from graftlm.verbs.references import RECIPE, Reference, adapter_reference
+
+ADAPTER, OTHER = "adapter", "other"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Two models on the same rows."""
+
+    comparison: Comparison
+    judged: Verdict
+    data: str
+
+    @property
+    def verdict(self) -> str:
+        return self.judged.text
+
+    @property
+    def passed(self) -> bool:
+        """The adapter is not worse than what it was compared with."""
+        return self.judged.outcome != "FAIL"
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        loss, match = self.comparison.loss, self.comparison.exact_match
+        rows = (
+            f"Loss: {self.comparison.before} {loss.before.value:.4f}, {self.comparison.after} "
+            f"{loss.after.value:.4f} on {loss.rows:,} rows -> {self.data}",
+        )
+        if match is None:
+            return rows
+        before, after = 100 * match.before.interval.value, 100 * match.after.interval.value
+        counts = f"{match.gained} gained, {match.lost} lost"
+        return (*rows, f"Exact match: {before:.1f} % to {after:.1f} % ({counts})")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        loss, match = self.comparison.loss, self.comparison.exact_match
+        answers = match and {
+            "before": match.before.interval.value,
+            "after": match.after.interval.value,
+            "p_value": match.p_value,
+        }
+        return {
+            "data": self.data,
+            "rows": loss.rows,
+            "loss": {
+                "before": loss.before.value,
+                "after": loss.after.value,
+                "difference": [loss.difference.value, loss.difference.low, loss.difference.high],
+            },
+            "exact_match": answers,
+            "outcome": self.judged.outcome,
+            "verdict": self.verdict,
+            "passed": self.passed,
+        }
+
+
+def evaluate(
+    adapter: str | Path, *, data: str | Path, against: str | Path | None = None, base: str | None = None,
+    limit: int | None = None,
+) -> EvalResult:  # fmt: skip
+    """Measure an adapter on `data`, paired by row with its base or with the adapter `against`.
+
+    Raises:
+        GraftError: in three parts.
+    """
+    reference = adapter_reference(str(adapter), base)
+    recipe = _recipe(reference, str(data))
+    model, tokenizer = load_model(reference.base, dtype=recipe.model.dtype)
+    recipe = fitted_length(recipe, context_length(model))
+    examples, _ = read_examples(str(data), recipe.data.format, recipe.data.bad_rows)
+    rows = encode(examples[:limit], recipe.data, tokenizer, "evaluation")
+    adapters = attach_folder(model, reference.adapter, ADAPTER, storage=FOLDER)
+    names: list[str] = []
+    if against is not None:
+        adapters.load(adapter_reference(str(against), reference.base).adapter, OTHER)
+        names = [OTHER]
+    found: list[Evaluation] = []
+    for active, label in ((names, str(against or "base")), ([ADAPTER], str(adapter))):
+        with adapters.activated(active), progress(f"measuring {label}") as tick:
+            found.append(
+                run_evaluation(
+                    model,
+                    tokenizer,
+                    rows,
+                    name=label,
+                    most_answers=answers_wanted(recipe, rows),
+                    progress=tick,
+                )
+            )
+    comparison = compare(*found)
+    return EvalResult(comparison, verdict(comparison), str(data))
+
+
+def _recipe(reference: Reference, data: str) -> Recipe:
+    """The settings the adapter was trained with where its run is known, on other data."""
+    if reference.run is None:
+        return Recipe(model=ModelSection(name=reference.base), data=DataSection(path=data))
+    stored = build(Recipe, read_yaml(reference.run / RECIPE), source=str(reference.run / RECIPE))
+    section = stored.data.model_copy(update={"path": data, "eval_path": None, "format": "auto"})
+    return stored.model_copy(update={"data": section})

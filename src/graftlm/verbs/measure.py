@@ -1,0 +1,134 @@
+"""Held-out rows and known text, measured on the base before a run and on the adapter after it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftlm.core.errors import DataError
+from graftlm.core.files import write_atomic
+from graftlm.data.sources import read_rows
+from graftlm.evaluation.known_text import known_from_texts, sample_known_text
+from graftlm.evaluation.perplexity import row_losses
+from graftlm.evaluation.rows import TokenRow, Tokens, prompt_and_reference
+from graftlm.evaluation.runner import Evaluation, evaluate
+from graftlm.models.generate import StopFlag
+from graftlm.models.sprout import SPROUT, known_text_path
+from graftlm.training.interfaces import HeldOut, StopAsked
+from graftlm.training.recipe import Recipe
+from graftlm.verbs.progress import progress
+
+SHORT_ANSWER = 64
+"""Median length in tokens up to which exact match says something."""
+MOST_ANSWERS = 256
+"""Answers generated when nobody asked for exact match by name."""
+ROWS_DURING_TRAINING = 512
+
+
+@dataclass(frozen=True)
+class KnownText:
+    """Rows that the base already knew, and where they come from."""
+
+    rows: tuple[TokenRow, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One state of a model on the held-out rows and on known text."""
+
+    held_out: Evaluation
+    known: Evaluation
+
+    def save(self, folder: Path) -> None:
+        """Keep it in a run folder, so that a resumed run need not measure the base again."""
+        write_atomic(folder / f"{self.held_out.name}-held-out.json", self.held_out.to_json())
+        write_atomic(folder / f"{self.known.name}-known.json", self.known.to_json())
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Measurement | None:
+        """The inverse of `save`; None if it was never finished."""
+        paths = [folder / f"{name}-held-out.json", folder / f"{name}-known.json"]
+        if not all(path.is_file() for path in paths):
+            return None
+        return cls(*(Evaluation.from_json(path.read_text(encoding="utf-8")) for path in paths))
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: Sequence[TokenRow],
+    known: KnownText,
+    recipe: Recipe,
+    *,
+    name: str,
+    stop: StopFlag,
+) -> Measurement:
+    """Evaluate the model as it stands."""
+    with progress(f"measuring {name}, held out") as tick:
+        on_task = evaluate(
+            model, tokenizer, held_out, name=name, most_answers=answers_wanted(recipe, held_out),
+            progress=tick, should_stop=stop,
+        )  # fmt: skip
+    with progress(f"measuring {name}, known text") as tick:
+        on_known = evaluate(
+            model, tokenizer, known.rows, name=name, most_answers=0, progress=tick, should_stop=stop
+        )
+    return Measurement(on_task, on_known)
+
+
+def answers_wanted(recipe: Recipe, rows: Sequence[TokenRow]) -> int | None:
+    """How many rows are answered by generation: none, some, or all (None)."""
+    if recipe.eval.metrics != "auto":
+        return None if "exact_match" in recipe.eval.metrics else 0
+    lengths = [len(pair[1]) for row in rows if (pair := prompt_and_reference(row)) is not None]
+    return MOST_ANSWERS if lengths and statistics.median(lengths) <= SHORT_ANSWER else 0
+
+
+def known_text(
+    recipe: Recipe, base: nn.Module, tokenizer: Any, openings: Sequence[TokenRow], cache: Path, stop: StopFlag
+) -> KnownText:
+    """Text to measure forgetting on: the recipe's, the embedded base's own, or what the base writes."""
+    path = recipe.eval.known_path or (known_text_path() if recipe.model.name == SPROUT else None)
+    if path is not None:
+        texts = [str(row.get("text", "")) for row in read_rows(path).rows]
+        if not any(texts):
+            raise DataError(
+                f"{path} has no column 'text'.", fix="Give running text: .txt, or rows with 'text'."
+            )
+        rows = known_from_texts(
+            [text for text in texts if text], tokenizer, max_length=recipe.data.max_length
+        )
+        return KnownText(
+            tuple(rows), Path(path).name if recipe.eval.known_path else "text like its training text"
+        )
+    if not cache.is_file():
+        starts = () if tokenizer.bos_token_id is not None else openings[:64]
+        with progress("sampling what the base knows") as tick:
+            sampled = sample_known_text(
+                base, tokenizer, seed=recipe.train.seed, openings=starts, progress=tick, should_stop=stop
+            )
+        write_atomic(cache, json.dumps([[row.input_ids, row.labels, row.row] for row in sampled]))
+    rows = [Tokens(tuple(ids), tuple(labels), row) for ids, labels, row in json.loads(cache.read_text())]
+    return KnownText(tuple(rows), "text sampled from the base itself")
+
+
+class HeldOutLoss:
+    """The loss on held-out rows while training; at most `ROWS_DURING_TRAINING` of them, evenly spread."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[TokenRow]) -> None:
+        stride = -(-len(rows) // ROWS_DURING_TRAINING)
+        self.model, self.rows = model, list(rows)[::stride]
+
+    def __call__(self, stop: StopAsked) -> HeldOut | None:
+        found = row_losses(self.model, self.rows, should_stop=stop)
+        if not found.complete:
+            return None
+        tokens = sum(row.tokens for row in found.rows)
+        return HeldOut(sum(row.loss_sum for row in found.rows) / tokens, tokens, len(found.rows))

@@ -1,0 +1,124 @@
+"""What a run is about to do, in figures: written to `plan.json` before the first step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from graftlm.data.batches import Batches
+from graftlm.evaluation.report_data import SiteGroup
+from graftlm.methods.adapter_set import AdapterSet
+from graftlm.methods.site import Site
+from graftlm.objectives.sft import SftObjective
+from graftlm.training.memory import RecomputeChoice, activation_bytes, choose_recompute, free_bytes
+from graftlm.training.recipe import Recipe
+from graftlm.training.timeline import Timeline
+from graftlm.verbs.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Base, method, sites, steps and the choices made for this machine, with their reasons."""
+
+    base: str
+    device: str
+    dtype: str
+    method: str
+    trainable: int
+    total: int
+    sites: tuple[SiteGroup, ...]
+    train_rows: int
+    held_out_rows: int
+    train_tokens: int
+    steps: int
+    learning_rate: float
+    loss_path: str
+    loss_path_why: str
+    recompute: str
+    recompute_why: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        share = 100 * self.trainable / self.total
+        return (
+            f"{self.method}: {self.trainable:,} trainable parameters ({share:.2f} %) in "
+            f"{sum(group.count for group in self.sites)} modules, {self.steps:,} steps in {self.dtype} "
+            f"on {self.device}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    recipe: Recipe,
+    model: nn.Module,
+    adapters: AdapterSet,
+    dataset: Dataset,
+    batches: Batches,
+    objective: SftObjective,
+    recompute: RecomputeChoice,
+) -> Plan:
+    """The plan of a run whose adapter is attached."""
+    trainable, total = adapters.count_parameters()
+    weight = next(model.parameters())
+    method = recipe.method
+    return Plan(
+        base=recipe.model.name,
+        device=str(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        method=f"{method.type} r={method.r} alpha={method.lora_alpha}",
+        trainable=trainable,
+        total=total,
+        sites=site_groups(model, adapters),
+        train_rows=len(dataset.train),
+        held_out_rows=len(dataset.held_out),
+        train_tokens=dataset.train_tokens,
+        steps=Timeline(batches, recipe.train.gradient_accumulation_steps).total_steps(recipe.train),
+        learning_rate=recipe.train.learning_rate,
+        loss_path=objective.path,
+        loss_path_why=objective.why,
+        recompute=recompute.policy,
+        recompute_why=recompute.why,
+    )
+
+
+def site_groups(model: nn.Module, adapters: AdapterSet) -> tuple[SiteGroup, ...]:
+    """Adapted modules of the same role and shape, counted: 28 x `self_attn.q_proj`, for instance."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for path, part in adapters.sites(adapters.trainable[0]).items():
+        site = model.get_submodule(path)
+        assert isinstance(site, Site)
+        role = re.sub(r"^.*?\d+\.", "", path)
+        shape = " x ".join(map(str, site.weight.shape))
+        groups.setdefault((role, shape), []).append(sum(p.numel() for p in part.parameters()))
+    return tuple(SiteGroup(role, len(sizes), shape, sum(sizes)) for (role, shape), sizes in groups.items())
+
+
+def use_checkpointing(model: Any, recipe: Recipe) -> RecomputeChoice:
+    """Switch activation checkpointing on if the recipe says so, or if memory asks for it; with the reason."""
+    choice = _recompute_choice(model, recipe)
+    if choice.policy == "recompute":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return choice
+
+
+def _recompute_choice(model: Any, recipe: Recipe) -> RecomputeChoice:
+    config, weight = model.config.get_text_config(), next(model.parameters())
+    hidden = int(getattr(config, "hidden_size", 1024))
+    needed = activation_bytes(
+        tokens=recipe.train.per_device_train_batch_size * recipe.data.max_length,
+        hidden_size=hidden,
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        num_layers=int(getattr(config, "num_hidden_layers", 1)),
+        bytes_per_value=weight.element_size(),
+    )
+    free = free_bytes(weight.device)
+    asked = recipe.train.gradient_checkpointing
+    if asked == "auto":
+        return choose_recompute(needed, free)
+    return RecomputeChoice("recompute" if asked else "keep", needed, free, "the recipe says so")

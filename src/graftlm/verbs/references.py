@@ -1,0 +1,73 @@
+"""What people may write where a verb wants an adapter: a run folder, an adapter folder, or a base."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftlm.core.config import read_yaml
+from graftlm.core.errors import FormatError, UsageError
+from graftlm.formats.layout import CONFIG
+
+ADAPTER, RECIPE = "adapter", "recipe.yaml"
+VERSIONED = re.compile(r"[A-Za-z0-9._-]+@[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An adapter on disk, the base that it names, and the recipe of its run where there is one."""
+
+    adapter: Path
+    base: str
+    run: Path | None
+
+
+def adapter_reference(text: str, base: str | None = None) -> Reference:
+    """Find the adapter that `text` names; `base` overrides the base that its files name.
+
+    Raises:
+        FormatError: there is no adapter; UsageError: nobody says which base it belongs to.
+    """
+    if VERSIONED.fullmatch(text) and not Path(text).exists():
+        raise UsageError(
+            f"{text} looks like a name in the registry, which is not in this version of Graft.",
+            fix="Give a run folder or an adapter folder.",
+        )
+    folder = Path(text)
+    if (folder / CONFIG).is_file():
+        return Reference(folder, base or _named_base(folder), run=None)
+    if (folder / ADAPTER / CONFIG).is_file():
+        return Reference(folder / ADAPTER, base or _named_base(folder / ADAPTER), run=folder)
+    if (folder / RECIPE).is_file():
+        raise FormatError(
+            f"The run in {folder} has no adapter yet.",
+            meaning="It was interrupted before its end.",
+            fix=f"graft tune {folder} --resume",
+        )
+    raise FormatError(
+        f"{folder} is neither an adapter folder nor a run folder."
+        if folder.exists()
+        else f"There is no {folder}.",
+        meaning=f"An adapter folder holds {CONFIG}, a run folder holds {ADAPTER}/{CONFIG}.",
+        fix="Check the path.",
+    )
+
+
+def recipe_model(run: Path) -> dict[str, object]:
+    """The `model` section of a run's recipe."""
+    section = read_yaml(run / RECIPE).get("model", {})
+    return section if isinstance(section, dict) else {}
+
+
+def _named_base(folder: Path) -> str:
+    try:
+        name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        name = None
+    if not name:
+        raise UsageError(
+            f"{folder / CONFIG} does not name the base of the adapter.", fix="Name it: --base MODEL."
+        )
+    return str(name)

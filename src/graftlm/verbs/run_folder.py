@@ -1,0 +1,164 @@
+"""The folder of a run: opened new or to go on, always with the complete recipe inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.core.config import build, dump_yaml, override, read_yaml
+from graftlm.core.errors import CheckpointError, ConfigError
+from graftlm.core.files import write_atomic
+from graftlm.training.recipe import Recipe, load_recipe, long_form, make_recipe
+from graftlm.verbs.references import ADAPTER, RECIPE
+
+PLAN, REPORT, REPORT_JSON, ENVIRONMENT = "plan.json", "report.html", "report.json", "environment.json"
+RUNS = Path("runs")
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One folder with fixed names inside; nothing in it names its own place, so it can be moved."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """The complete, effective recipe."""
+        write_atomic(self.path / RECIPE, dump_yaml(recipe))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """One JSON file of the folder."""
+        write_atomic(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asked `tune` for, before it is known whether a run exists already."""
+
+    source: str
+    options: Mapping[str, Any]
+    """Sections of a recipe that the command line names."""
+    overrides: Sequence[str]
+    out: Path | None
+
+    def recipe(self) -> Recipe:
+        """The recipe of a new run.
+
+        Raises:
+            ConfigError: every problem of the recipe at once.
+        """
+        if self.source.endswith(YAML_SUFFIXES):
+            return load_recipe(Path(self.source), (*_assignments(self.options), *self.overrides))
+        return make_recipe(_with_path(self.options, self.source), self.overrides)
+
+
+def open_new(request: Request) -> tuple[RunFolder, Recipe]:
+    """A new run; nothing is created yet.
+
+    Raises:
+        CheckpointError: the folder holds a run, or anything else.
+    """
+    recipe = request.recipe()
+    chosen = request.out or (Path(recipe.output.dir) if recipe.output.dir else None)
+    path = chosen or _next_free(RUNS, Path(recipe.data.path).name.split(".")[0] or "run")
+    if (path / RECIPE).exists():
+        raise CheckpointError(
+            f"{path} already holds a run.",
+            meaning="Starting again here would mix two runs.",
+            fix=f"Go on with it: graft tune {path} --resume. Or choose another folder with --out.",
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is not empty.", fix="Choose another folder with --out.")
+    return RunFolder(path), recipe
+
+
+def open_existing(request: Request) -> tuple[RunFolder, Recipe]:
+    """A run to go on with: `source` is its folder, or `out` is and `source` is what it was started with.
+
+    Raises:
+        CheckpointError: there is no run; ConfigError: the request contradicts the run's recipe.
+    """
+    path = Path(request.source) if (Path(request.source) / RECIPE).is_file() else request.out
+    if path is None or not (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"There is no run to resume in {path or request.source}.",
+            meaning=f"A run folder holds {RECIPE}.",
+            fix="Name the folder of the run: graft tune DIR --resume",
+        )
+    stored = read_yaml(path / RECIPE)
+    wanted = dict(stored)
+    if request.source.endswith(YAML_SUFFIXES):
+        wanted = _merged(wanted, read_yaml(Path(request.source)))
+    elif Path(request.source) != path:
+        wanted = override(wanted, [f"data.path={json.dumps(request.source)}"])
+    wanted = override(wanted, (*_assignments(request.options), *request.overrides))
+    recipe = build(Recipe, stored, source=str(path / RECIPE))
+    _refuse_changes(recipe, build(Recipe, wanted, source="The command"))
+    return RunFolder(path), recipe
+
+
+def _refuse_changes(stored: Recipe, wanted: Recipe) -> None:
+    ours, theirs = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    changed = [
+        f"{key}: {ours[key]!r} in the run, {theirs[key]!r} asked for"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    changed = [line for line in changed if not line.startswith("output.")]
+    if changed:
+        raise ConfigError(
+            "The run was started with another recipe.",
+            problems=changed,
+            meaning="Going on with other settings would give a run that nobody can repeat.",
+            fix="Resume without these options, or start a new run with --out.",
+        )
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _merged(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values with those of a recipe file on top."""
+    result: dict[str, Any] = dict(stored)
+    for key, section in long_form(given).items():
+        both = isinstance(section, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = {**result[key], **section} if both else section
+    return result
+
+
+def _assignments(options: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in _flat(options).items()]
+
+
+def _with_path(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {**options, "data": {**options.get("data", {}), "path": source}}
+
+
+def _next_free(parent: Path, stem: str) -> Path:
+    number = 1
+    while (parent / f"{stem}-{number}").exists():
+        number += 1
+    return parent / f"{stem}-{number}"

@@ -1,0 +1,262 @@
+"""`graft tune`: from raw data to an adapter that is measured, saved, proved and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.core.environment import describe_environment
+from graftlm.core.events import read_events
+from graftlm.core.notices import collected
+from graftlm.data.batches import Batches
+from graftlm.evaluation.compare import compare, forgetting
+from graftlm.evaluation.report import write_report
+from graftlm.evaluation.rows import TokenRow
+from graftlm.evaluation.verdict import verdict
+from graftlm.formats.layout import FOLDER
+from graftlm.integrations.trackers import trackers
+from graftlm.methods.adapter_set import AdapterSet
+from graftlm.methods.attach import attach
+from graftlm.methods.resolve import resolve
+from graftlm.models.generate import context_length
+from graftlm.models.load import load_model
+from graftlm.objectives.sft import SftObjective
+from graftlm.training.defaults import fitted, fitted_length
+from graftlm.training.loop import TrainResult, train
+from graftlm.training.progress_bar import progress_display
+from graftlm.training.recipe import Recipe
+from graftlm.training.signals import StopRequests
+from graftlm.training.start import Resume
+from graftlm.verbs.dataset import Dataset, read_dataset
+from graftlm.verbs.measure import HeldOutLoss, KnownText, Measurement, known_text, measure
+from graftlm.verbs.plan import make_plan, use_checkpointing
+from graftlm.verbs.progress import say
+from graftlm.verbs.proof import Proof, prove
+from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
+from graftlm.verbs.run_report import report_data
+
+NAME = "default"
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run left behind and what it says."""
+
+    run: Path
+    adapter: Path
+    report: Path
+    verdict: str
+    passed: bool
+    lines: tuple[str, ...]
+    figures: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        paths = {"run": str(self.run), "adapter": str(self.adapter), "report": str(self.report)}
+        return {**paths, "verdict": self.verdict, "passed": self.passed, **self.figures}
+
+
+def tune(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    method: str | None = None,
+    task: str | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+) -> TuneResult:
+    """Train an adapter on a data file or by a recipe, and leave a complete run folder.
+
+    Args:
+        source: a data file, a hub data set, a recipe (.yaml), or with `resume` the run folder itself.
+        model, method, task: the recipe's values of those names.
+        out: the run folder; default `runs/<data>-<number>`.
+        overrides: `section.field=value` assignments.
+        resume: go on with an interrupted run, exactly.
+
+    Raises:
+        GraftError: in three parts; nothing half-written is left behind.
+        KeyboardInterrupt: somebody asked to stop; the message says how to go on.
+    """
+    given = {"model": {"name": model}, "method": {"type": method}}
+    options: dict[str, Any] = {key: value for key, value in given.items() if None not in value.values()}
+    options |= {"task": task} if task else {}
+    request = Request(str(source), options, tuple(overrides), Path(out) if out else None)
+    folder, recipe = open_existing(request) if resume else open_new(request)
+    with StopRequests() as stop:
+        return Tuning(folder, recipe, stop, "if_present" if resume else "never").run()
+
+
+class Tuning:
+    """One run, stage by stage. Each stage leaves its result in the run folder."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, stop: StopRequests, resume: Resume) -> None:
+        self.folder, self.recipe, self.stop, self.resume = folder, recipe, stop, resume
+        self.dataset: Dataset
+        self.known: KnownText
+
+    def run(self) -> TuneResult:
+        """All stages in order."""
+        self._load()
+        before = self._measure_base()
+        adapters = self._attach()
+        result = self._train(adapters)
+        self._halt_if_asked()
+        after = measure(self.model, self.tokenizer, self.dataset.held_out, self.known, self.recipe,
+                        name="adapter", stop=self.stop)  # fmt: skip
+        self._halt_if_asked()
+        if not self.folder.adapter.exists():
+            adapters.save(self.folder.adapter, NAME)
+        proof = prove(self.model, adapters, self.folder.adapter, self._probes())
+        return self._report(before, after, result, adapters, proof)
+
+    def _load(self) -> None:
+        recipe = self.recipe
+        raw = read_dataset(recipe.data, recipe.train.seed)  # a wrong path costs no loading of a model
+        self.model, self.tokenizer = load_model(recipe.model.name, dtype=recipe.model.dtype)
+        recipe = fitted_length(recipe, context_length(self.model))
+        self.dataset = raw.encoded(recipe.data, self.tokenizer)
+        width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
+        lengths = [len(row.input_ids) for row in self.dataset.train]
+        self.recipe, notes = fitted(recipe, lengths, width)
+        resolve(self.model, recipe.method.config())  # wrong targets stop here, before anything is written
+        self.folder.write_recipe(self.recipe)
+        self.folder.write_json(ENVIRONMENT, describe_environment().as_dict())
+        data = self.dataset
+        say(f"Data   {len(data.train):,} rows to train on, {len(data.held_out):,} held out "
+            f"({data.format.name}: {data.format.why})")  # fmt: skip
+        for note in notes:
+            say(f"       {note}")
+
+    def _measure_base(self) -> Measurement | None:
+        cache = self.folder.evaluation
+        openings: Sequence[TokenRow] = self.dataset.held_out
+        self.known = known_text(
+            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self.stop
+        )
+        if not self.recipe.eval.before_after:
+            return None
+        before = Measurement.load(cache, "base")
+        if before is None:
+            before = measure(self.model, self.tokenizer, self.dataset.held_out, self.known, self.recipe,
+                             name="base", stop=self.stop)  # fmt: skip
+            self._halt_if_asked()
+            before.save(cache)
+        say(f"Base   held-out loss {before.held_out.loss:.3f}, known text {before.known.loss:.3f}")
+        return before
+
+    def _attach(self) -> AdapterSet:
+        recipe = self.recipe
+        adapters = attach(self.model, recipe.method.config(), NAME, storage=FOLDER)
+        self.batches = Batches(
+            self.dataset.train,
+            rows_per_batch=recipe.train.per_device_train_batch_size,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            seed=recipe.train.seed,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        self.objective = SftObjective(self.model)
+        self.recompute = use_checkpointing(self.model, recipe)
+        self.plan = make_plan(
+            recipe, self.model, adapters, self.dataset, self.batches, self.objective, self.recompute
+        )
+        self.folder.write_json(PLAN, self.plan.as_dict())
+        say(f"Method {self.plan.summary}")
+        return adapters
+
+    def _train(self, adapters: AdapterSet) -> TrainResult:
+        train_section = self.recipe.train
+        parameters = adapters.named_parameters(NAME)
+        result = train(
+            self.model,
+            self.objective,
+            self.batches,
+            parameters,
+            train_section,
+            run=self.folder.path,
+            resume=self.resume,
+            identity={"base": self.recipe.model.name, "dtype": self.plan.dtype},
+            evaluate=HeldOutLoss(self.model, self.dataset.held_out),
+            callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
+            stop=self.stop,
+            lora_b=[name for name in parameters if name.endswith("_B")],
+        )
+        return result
+
+    def _halt_if_asked(self) -> None:
+        if self.stop():
+            raise KeyboardInterrupt(
+                f"The run is complete up to here. Go on: graft tune {self.folder.path} --resume"
+            )
+
+    def _probes(self) -> list[list[int]]:
+        """Held-out rows of different lengths."""
+        rows = sorted(self.dataset.held_out, key=lambda row: len(row.input_ids))
+        chosen = rows[:: max(1, len(rows) // PROBES)][:PROBES]
+        return [list(row.input_ids) for row in chosen]
+
+    def _report(
+        self,
+        before: Measurement | None,
+        after: Measurement,
+        result: TrainResult,
+        adapters: AdapterSet,
+        proof: Proof,
+    ) -> TuneResult:
+        comparison = compare(before.held_out, after.held_out) if before else None
+        known = forgetting(before.known, after.known, source=self.known.source) if before else None
+        judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
+        data = report_data(
+            recipe=self.recipe, dataset=self.dataset, plan=self.plan, result=result, proof=proof,
+            comparison=comparison, known=known, judged=judged, folder=self.folder,
+            events=read_events(self.folder.events), notices=collected(),
+        )  # fmt: skip
+        write_report(self.folder.report, data)
+        passed = proof.is_good and (judged is None or judged.outcome != "FAIL")
+        text = (
+            judged.text if judged else f"Held-out loss {after.held_out.loss:.3f}; the base was not measured."
+        )
+        return TuneResult(
+            self.folder.path, self.folder.adapter, self.folder.report, text, passed,
+            self._lines(result, before, after, proof), self._figures(result, before, after, proof),
+        )  # fmt: skip
+
+    def _lines(
+        self, result: TrainResult, before: Measurement | None, after: Measurement, proof: Proof
+    ) -> tuple[str, ...]:
+        data = self.dataset
+        old = f"{before.held_out.loss:.3f} to " if before else ""
+        return (
+            f"Data: {len(data.train):,} rows, {len(data.held_out):,} held out -> {data.path}",
+            f"Plan: {self.plan.summary} -> {self.folder.path / PLAN}",
+            f"Train: {result.step:,} steps, {result.seconds:.0f} s, "
+            f"{result.peak_memory_bytes / 2**30:.2f} GiB -> {self.folder.events}",
+            f"Evaluate: held-out loss {old}{after.held_out.loss:.3f} -> {self.folder.report}",
+            f"Verify: {proof.summary} -> {self.folder.adapter}",
+        )
+
+    def _figures(
+        self, result: TrainResult, before: Measurement | None, after: Measurement, proof: Proof
+    ) -> dict[str, Any]:
+        def of(one: Measurement) -> dict[str, Any]:
+            match = one.held_out.exact_match
+            return {
+                "held_out_loss": one.held_out.loss,
+                "known_text_loss": one.known.loss,
+                "exact_match": match.interval.value if match else None,
+                "held_out_rows": len(one.held_out.rows),
+            }
+
+        return {
+            "steps": result.step,
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "before": of(before) if before else None,
+            "after": of(after),
+            "merge": proof.merge.as_dict(),
+        }
