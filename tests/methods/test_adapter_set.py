@@ -284,7 +284,7 @@ def test_a_deep_copy_lives_its_own_life() -> None:
     assert torch.equal(logits(model, inputs), before)
     assert adapters.merged == ("b",) and adapters.active == ("a",)
     plain: Any = theirs.detach()
-    assert plain is twin
+    assert plain is theirs.model
     assert torch.equal(logits(plain, inputs), logits(tiny("llama-tied"), inputs))
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
 

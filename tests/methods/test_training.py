@@ -19,6 +19,7 @@ from .tiny import batch, graft, tiny
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",
     "ignore:Could not find a config file in:UserWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
     "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning",
 )
 
@@ -40,23 +41,24 @@ def train(model: Any, kind: str, *, accumulate: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(
-    ("kind", "targets"),
+    ("kind", "targets", "accumulate"),
     [
-        ("llama", ["q_proj", "v_proj"]),
-        ("llama", "all-linear"),
-        ("llama-tied", "all-linear"),
-        ("gpt2", "all-linear"),
-        ("t5", "all-linear"),
-        ("llama", ["embed_tokens", "q_proj", "lm_head"]),
+        ("llama", ["q_proj", "v_proj"], 1),
+        ("llama", ["q_proj", "v_proj"], 3),
+        ("llama", "all-linear", 1),
+        ("llama", "all-linear", 3),
+        ("llama-tied", "all-linear", 1),
+        ("gpt2", "all-linear", 1),
+        ("t5", "all-linear", 1),
+        ("llama", ["embed_tokens", "q_proj", "lm_head"], 1),
     ],
 )
 def test_ten_steps_give_pefts_losses_and_weights(
     kind: str, targets: Any, accumulate: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(2)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets)
+    config = peft.LoraConfig(r=6, lora_alpha=10, target_modules=targets)
     theirs = peft.get_peft_model(tiny(kind), config)
     theirs.save_pretrained(str(tmp_path / "start"))
     ours = tiny(kind)
@@ -103,7 +105,11 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_q_k_and_v_keep_one_copy_of_their_input(dropout: float) -> None:
     width, tokens = 1024, 256
-    fields: dict[str, Any] = {"r": 16, "lora_dropout": dropout, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    fields: dict[str, Any] = {
+        "r": 16,
+        "lora_dropout": dropout,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+    }
     x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x.requires_grad_()  # as in the middle of a model, where layers below are adapted too
 
@@ -116,28 +122,22 @@ def test_q_k_and_v_keep_one_copy_of_their_input(dropout: float) -> None:
     ours = nn.Sequential(Attention(width).to(torch.bfloat16))
     graft(ours, LoraConfig(**fields))
     figures = [kept_bytes(model.train(), x) / x.nbytes for model in (ours, theirs)]
-    print(f"dropout {dropout}: kept for backward, in copies of the input: {figures[0]:.3f}, PEFT {figures[1]:.3f}")
+    print(f"dropout {dropout}: kept for backward, in inputs: {figures[0]:.3f}, PEFT {figures[1]:.3f}")
     assert figures[0] <= 1.1
     assert figures[1] > 5
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_layer_compiles_without_a_graph_break() -> None:
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))
-    graft(model, LoraConfig(r=2, init_lora_weights=False))
-    x = torch.randn(3, 16)
-    eager = model(x)
-    eager.square().sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    result = compiled(x)
-    torch.testing.assert_close(result, eager)
-    result.square().sum().backward()
-    own = [p.grad for p in model.parameters() if p.grad is not None]
-    torch.testing.assert_close(own, gradients)
-    explained = torch._dynamo.explain(model)(x)
-    assert explained.graph_break_count == 0
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_adapted_model_compiles_without_a_graph_break(dropout: float) -> None:
+    model, inputs = tiny("llama").train(), batch("llama")
+    adapters = graft(model, LoraConfig(r=2, init_lora_weights=False, lora_dropout=dropout))
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        loss = call(**inputs, use_cache=False).loss
+        model.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in adapters.parameters("default")]
+        results.append((loss.detach(), gradients))
+    torch.testing.assert_close(results[1], results[0])

@@ -30,11 +30,15 @@ def check(
     ],
     model: Model = None,
     max_length: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--max-length", metavar="TOKENS", min=8, help="Window of the model.", rich_help_panel=_READ
+            "--max-length",
+            metavar="TOKENS",
+            min=8,
+            help="Training window; 1024 unless given.",
+            rich_help_panel=_READ,
         ),
-    ] = 1024,
+    ] = None,
     format: Annotated[
         str,
         typer.Option(

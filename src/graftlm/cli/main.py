@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
 from graftlm.cli import adapters, data, env, evaluate, tune
 from graftlm.cli.errors import Interrupted, report
 from graftlm.cli.options import FLAG, examples
+from graftlm.core.notices import notice
 from graftlm.core.version import __version__
 
 app = typer.Typer(
@@ -56,7 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     verbs = {verb.name for verb in app.registered_commands}
     command = " ".join(["graft", *(word for word in arguments[:1] if word in verbs)])
     try:
-        code = typer.main.get_command(app).main(list(arguments), prog_name="graft", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _as_note
+            code = typer.main.get_command(app).main(list(arguments), prog_name="graft", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = Interrupted.exit_code
     # The last line of defence: without --debug nobody sees a traceback, whatever was raised.
@@ -65,6 +69,14 @@ def run(arguments: Sequence[str]) -> int:
     if code == Interrupted.exit_code:
         return report(Interrupted("Interrupted."), command=command, as_json=as_json, debug=False)
     return int(code or 0)
+
+
+def _as_note(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """A warning for people: its sentence, without the line of code that gave it."""
+    notice(str(message))
 
 
 def main() -> NoReturn:

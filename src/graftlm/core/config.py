@@ -27,7 +27,9 @@ class Config(BaseModel):
       fix: Correct the keys above.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
     aliases: ClassVar[Mapping[str, str]] = {}
     """Names that other tools use for a field, for the suggestion when somebody writes one of them."""
 

@@ -79,18 +79,17 @@ def sample_known_text(
         progress=progress,
         should_stop=should_stop,
     )
-    found = [
-        _row(start, result, number)
-        for number, (start, result) in enumerate(zip(starts, drawn, strict=True), start=1)
-        if result.token_ids
-    ]
-    if not found:
+    if not any(result.token_ids for result in drawn):
         raise ModelError(
             "The base wrote no text.",
             meaning="It ends every text at once from this start.",
             fix="Give openings, or a file of text that the base should still know.",
         )
-    return found
+    return [
+        _row(start, result, number)
+        for number, (start, result) in enumerate(zip(starts, drawn, strict=True), start=1)
+        if result.token_ids or result.end_id is not None
+    ]
 
 
 def _row(start: Sequence[int], result: Generated, number: int) -> Tokens:

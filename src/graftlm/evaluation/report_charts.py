@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from graftlm.evaluation.metrics import Interval
@@ -51,7 +52,9 @@ def line_chart(
     values = [value for line in drawn for _, value in line.points]
     x_low, x_high = _padded(min(steps), max(steps), 0.0)
     low = min(0.0, *values) if from_zero else min(values)
-    y_low, y_high = _padded(low, max(values), 0.0 if from_zero else 0.06)
+    y_low, y_high = _padded(low, max(values), 0.06)
+    if from_zero and low == 0 < y_high:
+        y_low = 0.0
 
     def x(step: float) -> float:
         return (step - x_low) / (x_high - x_low) * 100
@@ -103,12 +106,16 @@ def interval_chart(before: Interval, after: Interval, show: Callable[[float], st
 
 
 def smoothed(points: Points) -> Points:
-    """A running mean over past values whose memory is a twentieth of the curve, free of start-up bias."""
-    keep = 1 - 1 / max(2.0, len(points) / 20)
-    mean, weight, out = 0.0, 0.0, []
-    for step, value in points:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append((step, mean / weight))
+    """The mean over a window of a twentieth of the curve around every point; it narrows at the ends.
+
+    A centred window does not lag behind a falling loss as a running mean does.
+    """
+    reach = max(1, len(points) // 40)
+    sums = list(accumulate((value for _, value in points), initial=0.0))
+    out = []
+    for place, (step, _) in enumerate(points):
+        near = min(reach, place, len(points) - 1 - place)
+        out.append((step, (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)))
     return tuple(out)
 
 

@@ -27,7 +27,7 @@ def notices_section(notices: Sequence[Notice]) -> str:
     """Warnings first."""
     ranked = sorted(notices, key=lambda notice: notice.severity != "warning")
     items = "".join(
-        f'<li class="{notice.severity}"><b>{notice.severity.capitalize()}</b>{text(notice.text)}'
+        f'<li class="is-{notice.severity}"><b>{notice.severity.capitalize()}</b>{text(notice.text)}'
         f"{_command(notice.fix)}</li>"
         for notice in ranked
     )
@@ -57,7 +57,7 @@ def curves_section(curves: Curves | None) -> str:
             ),
         )
     )
-    refused = f"{count(curves.skipped)} steps were refused because their loss or gradient was not finite."
+    refused = f"Steps refused because their loss or gradient was not finite: {count(curves.skipped)}."
     note = f'<p class="note after">{refused}</p>' if curves.skipped else ""
     return f'<section><h2>Training</h2><div class="charts">{charts}</div>{note}</section>' if charts else ""
 

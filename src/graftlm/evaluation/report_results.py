@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from graftlm.evaluation.compare import Comparison, Forgetting, SampleChange, ShareChange
@@ -20,12 +21,15 @@ from graftlm.evaluation.report_text import (
 )
 from graftlm.evaluation.verdict import Verdict
 
+_HYPHEN_MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
+
 
 def verdict_section(verdict: Verdict | None) -> str:
     """The first thing on the page."""
     if verdict is None:
         return ""
-    sentence = text(verdict.text.replace(" -> ", " \u2192 "))
+    spaced = verdict.text.replace(" -> ", "\u00a0\u2192 ").replace(" %", "\u202f%")
+    sentence = text(_HYPHEN_MINUS.sub("\u2212", spaced))
     return (
         f'<section class="verdict {verdict.outcome.lower()}" aria-label="Verdict">'
         f'<span class="pill">{verdict.outcome}</span><p>{sentence}</p></section>'
@@ -115,7 +119,7 @@ def _share_measure(match: ShareChange) -> str:
     points = (match.after.interval.value - match.before.interval.value) * 100
     figures = (
         f"{count(match.gained)} rows gained, {count(match.lost)} lost; "
-        f"McNemar test p {'&lt; 0.001' if match.p_value < 0.001 else f'= {match.p_value:.3f}'}."
+        f"McNemar test {_p_value(match.p_value)}."
     )
     size = f"{count(match.after.correct)} of {count(match.after.rows)} greedy answers equal the reference."
     chart = interval_chart(match.before.interval, match.after.interval, lambda share: percent(share))
@@ -127,6 +131,10 @@ def _measure(title: str, change: str, figures: str, size: str, chart: str) -> st
         f'<div class="measure"><div><h3>{title}</h3><p class="change">{change}</p>'
         f'<p class="note">{figures}</p><p class="note">{size}</p></div>{chart}</div>'
     )
+
+
+def _p_value(value: float) -> str:
+    return "p\u00a0&lt;\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.3f}"
 
 
 def short_loss(value: float) -> str:

@@ -133,11 +133,11 @@ table{border-collapse:collapse;width:100%;font-size:15px}
 th{text-align:left;font-size:13px;font-weight:500;color:var(--muted)}
 th,td{padding:8px 16px 8px 0;border-top:1px solid var(--rule);vertical-align:top}
 tr:first-child>th{border-top:0}
-.n{text-align:right}td:last-child,th:last-child{padding-right:0}
+th,.n{white-space:nowrap;overflow-wrap:normal}.n{text-align:right}.n+td,.n+th{padding-left:24px}td:last-child,th:last-child{padding-right:0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:20px 32px;margin:0}
 dt{font-size:13px;color:var(--muted)}dd{margin:0}
 dl+table,dl+.note,table+.note{margin-top:24px}
-dl .wide{grid-column:1/-1}
+.paths dl{display:block;margin-top:20px}.card>:last-child{margin-bottom:0}
 .sample{margin-bottom:16px}
 .sample .head{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:14px;color:var(--muted);
  margin-bottom:12px}
@@ -152,8 +152,8 @@ dl .wide{grid-column:1/-1}
 .more{color:var(--muted);font-size:13px}
 .notices{list-style:none;margin:16px 0 0;padding:0}
 .notices li{padding:14px 20px;border-radius:8px;background:var(--soft);margin-bottom:8px;font-size:15px}
-.notices .warning{background:var(--warn-soft)}
-.notices b{font-weight:600;margin-right:8px}.notices .warning b{color:var(--warn)}
+.notices .is-warning{background:var(--warn-soft)}
+.notices b{font-weight:600;margin-right:8px}.notices .is-warning b{color:var(--warn)}
 code,pre{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 pre{margin:0;white-space:pre-wrap}
 .command{display:block;background:var(--soft);border-radius:6px;padding:6px 12px;margin-top:4px}
@@ -170,9 +170,12 @@ footer{padding-top:56px;padding-bottom:56px;color:var(--muted);font-size:13px}
  th,td{padding-right:10px;font-size:14px}
 }
 @media print{
- body{background:#fff;font-size:11pt}main,header,footer{max-width:none;padding-left:0;padding-right:0}
+ body{background:#fff;font-size:10pt}main,header,footer{max-width:none;padding-left:0;padding-right:0}
  header{padding-top:0}.said{max-height:none}
- .card,.chart,.verdict,.sample,.measure,tr{break-inside:avoid}h2,h3{break-after:avoid}
+ .tiles{grid-template-columns:repeat(4,minmax(0,1fr))}.tile,.card{padding:14px 16px}
+ .tile .figure{font-size:18px}
+ h2{margin-top:28px}footer{padding-top:20px;padding-bottom:0}.said,.verdict p{font-size:10.5pt}
+ .tile,.chart,.verdict,.sample,.measure,dl>div,tr{break-inside:avoid}h2,h3{break-after:avoid}
  .verdict,.prompt,.notices li,.dot,.key::before,.pill::before{
   print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }

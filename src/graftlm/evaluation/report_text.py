@@ -6,14 +6,16 @@ import html
 import math
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202d\u202e]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MINUS = "\u2212"
 _THIN = "\u202f"  # narrow no-break space, before units
 
 
 def text(value: object) -> str:
-    """Escape for HTML, in text and in attributes; control characters become visible, half surrogates U+FFFD.
+    """Escape for HTML, in text and in attributes; half surrogates become U+FFFD.
+
+    Control characters and forced text directions (which can make text read as another) become visible.
 
     >>> text('<b title="x">')
     '&lt;b title=&quot;x&quot;&gt;'
@@ -23,6 +25,8 @@ def text(value: object) -> str:
 
 
 def _picture(control: str) -> str:
+    if control in "\u202d\u202e":
+        return f"[U+{ord(control):04X}]"
     return "\u2421" if control == "\x7f" else chr(0x2400 + ord(control))
 
 

@@ -63,7 +63,8 @@ def verdict(
 
 
 def _joint(task: _Part, memory: _Part) -> str:
-    return "and" if (task.outcome == "PASS") == (memory.outcome == "PASS") else "but"
+    agree = (task.outcome == "PASS") == (memory.outcome == "PASS")
+    return "and" if agree or task.outcome == "INSUFFICIENT" else "but"
 
 
 def _task(comparison: Comparison) -> _Part:
@@ -90,7 +91,7 @@ def _task(comparison: Comparison) -> _Part:
         return _Part("PASS", figures, "better")
     if max(abs(loss.relative.low), abs(loss.relative.high)) < SAME:
         return _Part("FAIL", figures, "no better")
-    return _Part("INSUFFICIENT", figures, f"no difference beyond noise{_needed(loss, difference, 0.0)}")
+    return _Part("INSUFFICIENT", figures, f"no clear difference{_needed(loss, difference, 0.0)}")
 
 
 def _memory(known: Forgetting, margin: float | None) -> _Part:

@@ -41,10 +41,10 @@ class Folder:
             raise FormatError(
                 f"{directory} already holds an adapter.", fix="Choose another folder, or remove this one."
             )
+        _require_folder(directory)
         copied = [path for path, part in adapters.sites(name).items() if isinstance(part, FullCopy)]
         base = identify(adapters.model, without=copied)
         tensors = adapter_tensors(adapters, name)
-        directory.mkdir(parents=True, exist_ok=True)
         write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
         write_atomic(directory / EXTRA, _json({"schema": SCHEMA, "base": base.as_dict()}))
         write_atomic(directory / CONFIG, _json(peft_config.to_json(adapters, name, base.name)))
@@ -63,6 +63,14 @@ class Folder:
 
 
 FOLDER = Folder()
+
+
+def _require_folder(directory: Path) -> None:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise FormatError(
+            f"{existing} is a file: nothing can be saved below it.", fix="Choose another folder."
+        )
 
 
 def adapter_tensors(adapters: AdapterSet, name: str) -> dict[str, Tensor]:

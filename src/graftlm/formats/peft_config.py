@@ -52,6 +52,10 @@ EDITS_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that subtract something from the base: such a file belongs to an edited base."""
 
 
+HISTORY = {"init_lora_weights": True}
+"""How an adapter began; its tensors are there, and a loader must not begin again."""
+
+
 def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
     """The content of `adapter_config.json`, sorted lists only."""
     config = adapters.config(name)
@@ -65,8 +69,7 @@ def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
         "peft_type": config.peft_type,
         "revision": None,
     }
-    if "init_lora_weights" in fields:
-        fields["init_lora_weights"] = True  # the tensors are there: how they began is history
+    fields |= {key: value for key, value in HISTORY.items() if key in fields}
     if _uses_roles(config.target_modules) or _uses_roles(config.exclude_modules or ()):
         fields |= {"target_modules": _expanded(adapters.model, config), "exclude_modules": None}
         fields |= {"layers_to_transform": None, "layers_pattern": None}

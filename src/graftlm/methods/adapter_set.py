@@ -126,10 +126,9 @@ class AdapterSet:
             )
         self._require_attached()
         with merging.without_merges(self._installation.sites.values()):
-            parts = {
-                placement.path: _prepared(placement.build(), placement.layer.module, dtype)
-                for placement in resolve(self.model, config).placements
-            }
+            placements = resolve(self.model, config).placements
+            kept = torch.float32 if dtype == "float32" else None
+            parts = {placement.path: placement.build(kept) for placement in placements}
         self._installation.install(name, parts)
         self._configs[name] = config
         self._commit(self._state)
@@ -296,11 +295,3 @@ class AdapterSet:
 
 def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
     return tuple(other for other in names if other != name)
-
-
-def _prepared(part: SiteAdapter, base: nn.Module, dtype: ParameterType) -> SiteAdapter:
-    """The part on the base layer's device, in float32 masters or in the base's own dtype."""
-    reference = next(base.parameters())
-    prepared: Any = part.to(reference.device, torch.float32 if dtype == "float32" else reference.dtype)
-    assert isinstance(prepared, SiteAdapter)
-    return prepared

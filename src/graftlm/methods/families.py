@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.methods.site import Site, base_modules
@@ -48,5 +49,10 @@ def _linear_paths(model: nn.Module) -> list[str]:
     return [
         path
         for path, module in base_modules(model).items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and path.startswith(prefix)
+        if is_linear(module) and module is not head and path.startswith(prefix)
     ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Linear layers that are called. `nn.MultiheadAttention` only reads the weight of the one it has."""
+    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear)

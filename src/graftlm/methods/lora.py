@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from graftlm.kernels.ops import low_rank_add
 from graftlm.methods.base import Dense, Layer, LayerAdapter, MethodConfig, SiteAdapter
 from graftlm.methods.bias import BiasShift, has_bias
+from graftlm.methods.families import is_linear
 from graftlm.methods.site import base_modules
 
 Init = Literal["kaiming", "gaussian", "random"]
@@ -53,7 +53,7 @@ class LoraConfig(MethodConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def supports(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        return is_linear(module) or isinstance(module, nn.Embedding)
 
     def build(self, layer: Layer) -> SiteAdapter:
         init: Init = "kaiming" if self.init_lora_weights else "random"

@@ -31,9 +31,10 @@ class Placement:
     def path(self) -> str:
         return self.layer.path
 
-    def build(self) -> SiteAdapter:
-        """The adapter itself, with memory."""
-        return self.make(self.layer)
+    def build(self, dtype: torch.dtype | None = torch.float32) -> SiteAdapter:
+        """The adapter itself, with memory, on the base layer's device; None for the base layer's dtype."""
+        reference = next(self.layer.module.parameters())
+        return self.make(self.layer).to(reference.device, dtype or reference.dtype)
 
 
 @dataclass(frozen=True)

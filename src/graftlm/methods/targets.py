@@ -29,7 +29,7 @@ def select(model: nn.Module, config: MethodConfig) -> list[str]:
     roles = roles_of(model)
     problems: list[str] = []
     wanted = _matching(config.target_modules, modules, roles, config.supports, problems)
-    excluded = _matching(config.exclude_modules or (), modules, roles, lambda module: True, problems)
+    excluded = _matching(config.exclude_modules or (), modules, roles, config.supports, problems)
     chosen = [path for path in modules if path in wanted and path not in excluded]
     chosen = _of_layers(chosen, config, problems)
     if not problems and not chosen:

@@ -15,8 +15,8 @@ MAX_MEAN_KL = 1e-3
 MIN_TOP1 = 0.99
 """Share of decided positions with the same most likely token."""
 DECIDED = 0.1
-"""Nats by which the best token leads the second where a position counts as decided; below that, 16-bit rounding
-alone may swap them."""
+"""Nats by which the best token leads the second where a position counts as decided; below that, 16-bit
+rounding alone may swap them."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class LossParts:
     """
 
     loss_sum: Tensor
-    """Scalar, float32, with gradient."""
+    """Scalar, float32 (float64 for a model in float64), with gradient."""
     target_tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 

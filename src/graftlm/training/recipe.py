@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,8 +30,11 @@ class ModelSection(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights and the computation."""
     quantization: Literal["none"] = "none"
+    """Bases are not quantised in this version."""
     double_quant: Literal[True] = True
+    """Belongs to quantisation; only this value is accepted."""
     compute_dtype: Literal["bfloat16"] = "bfloat16"
+    """Belongs to quantisation; only this value is accepted."""
 
     @field_validator("quantization", "double_quant", "compute_dtype", mode="before")
     @classmethod
@@ -57,17 +60,32 @@ class DataSection(Config):
     }
 
     path: str
+    """JSONL, JSON, CSV, TSV, Parquet or text file, or a hub data set `owner/name[:split]`."""
     format: str = "auto"
+    """A format by name, with columns if wanted: `source_target(question, sql)`."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """The tokenizer's chat template where there is one (`auto`), or one of the two by force."""
     eval_path: str | None = None
     """Held-out rows in a file of their own; otherwise `eval_fraction` of `path` is held out."""
     eval_fraction: float = Field(0.1, gt=0.0, lt=1.0)
+    """Share of the rows held out; at least 30 rows, never more than half."""
     max_length: int = Field(1024, ge=8)
+    """Longest row in tokens, and the width of a packed window; at most the base's context."""
     packing: bool = True
+    """Several rows side by side in one window, which do not see each other."""
     train_on: Literal["completion", "all"] = "completion"
+    """Loss on the answers only, or on everything."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do about rows that cannot be used: stop and list them, or leave them out and say so."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> Self:
+        if (
+            self.eval_path is not None
+            and self.eval_fraction != type(self).model_fields["eval_fraction"].default
+        ):
+            raise ValueError("eval_fraction has no effect beside eval_path; leave one of them out")
+        return self
 
 
 class LoraSection(LoraConfig):
@@ -84,6 +102,7 @@ class LoraSection(LoraConfig):
     }
 
     type: Literal["lora"] = "lora"
+    """The method."""
 
     @field_validator("type", mode="before")
     @classmethod
@@ -114,26 +133,39 @@ class TrainSection(Config):
     }
 
     num_train_epochs: float = Field(3, gt=0)
+    """Passes over the training rows."""
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps; wins over `num_train_epochs`."""
     per_device_train_batch_size: int = Field(4, gt=0)
+    """Rows, or windows when packed, in one forward pass. Unwritten: fitted to 16 rows per step."""
     gradient_accumulation_steps: int = Field(4, gt=0)
+    """Forward passes per optimizer step. Unwritten: fitted with the batch size."""
     learning_rate: float = Field(2e-4, gt=0)
+    """Highest learning rate. Unwritten: fitted to the width of the base."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after warm-up."""
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0.0)
+    """On matrices only."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; the norm before that is what the log shows."""
     optim: Literal["adamw"] = "adamw"
+    """The optimizer."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     """Learning rate of B over that of A (arXiv 2402.12354); none: the same."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in backward; `auto`: if they would not fit in memory."""
     save_steps: int = Field(100, gt=0)
+    """Optimizer steps between checkpoints."""
     save_total_limit: int = Field(2, gt=0)
     """Checkpoints kept besides the best one."""
     eval_steps: int = Field(100, gt=0)
+    """Optimizer steps between measurements of the held-out loss."""
     early_stopping_patience: int | None = Field(None, gt=0)
+    """Measurements without improvement after which the run stops and keeps its best step."""
     seed: int = Field(42, ge=0)
+    """Of the hold-out, the order of rows, initialisation and dropout."""
 
     @field_validator("optim", mode="before")
     @classmethod
@@ -155,6 +187,14 @@ class EvalSection(Config):
     max_forgetting: float | None = Field(None, gt=0)
     """How much the loss on known text may rise before the verdict is FAIL (0.05: 5 %); none: only shown."""
 
+    @model_validator(mode="after")
+    def _gate_has_a_measure(self) -> Self:
+        if self.max_forgetting is not None and not self.before_after:
+            raise ValueError(
+                "max_forgetting has no effect with before_after: false; the base is not measured"
+            )
+        return self
+
 
 class OutputSection(Config):
     """Where results go."""
@@ -162,7 +202,9 @@ class OutputSection(Config):
     dir: str | None = None
     """Run folder; none: `runs/<data>-<number>`."""
     register_as: None = None
+    """The registry is not in this version."""
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Trackers that read the run's events; `none` for none."""
 
     @field_validator("register_as", mode="before")
     @classmethod

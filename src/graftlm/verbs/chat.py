@@ -17,7 +17,8 @@ from graftlm.formats.layout import CONFIG, FOLDER
 from graftlm.methods.attach import adapters_of, attach_folder
 from graftlm.models.generate import context_length, stop_token_ids
 from graftlm.models.load import load_model
-from graftlm.verbs.references import ADAPTER, RECIPE, adapter_reference
+from graftlm.objectives.sft import require_causal
+from graftlm.verbs.references import ADAPTER, RECIPE, adapter_reference, refuse_registry_name
 
 NAME = "default"
 
@@ -31,6 +32,7 @@ class ChatSession:
     def __init__(
         self, model: Any, tokenizer: Any, *, template: Any = "auto", max_new_tokens: int = 256
     ) -> None:
+        require_causal(model)
         self.model, self.tokenizer = model, tokenizer
         self.template, self.max_new_tokens = template, max_new_tokens
         self.stops = set(stop_token_ids(model, tokenizer))
@@ -117,6 +119,7 @@ def chat(
     """
     folder = Path(reference)
     if not any((folder / part).is_file() for part in (CONFIG, f"{ADAPTER}/{CONFIG}", RECIPE)):
+        refuse_registry_name(str(reference))
         model, tokenizer = load_model(str(reference))
         return ChatSession(model, tokenizer, max_new_tokens=max_new_tokens)
     found = adapter_reference(str(reference), base)

@@ -81,7 +81,7 @@ def read_dataset(section: DataSection, seed: int) -> RawDataset:
         raise DataError(
             f"{section.path} leaves no rows to hold out.",
             meaning="Without held-out rows nobody can say whether a run helped.",
-            fix="Give more rows, or a file of its own with data.eval_path.",
+            fix="Give more rows, or held-out rows in a file of their own: --set data.eval_path=FILE",
         )
     return RawDataset(found, tuple(train), tuple(held_out))
 
@@ -96,8 +96,12 @@ def read_examples(path: str, format: str, bad_rows: str) -> tuple[list[Example],
         raise DataError(
             f"{len(broken)} of {len(rows.rows) + len(rows.problems):,} rows in {path} cannot be used.",
             problems=_listed(broken),
-            meaning="Training without them unasked would hide a fault in the data.",
-            fix="Correct these rows, or leave them out on purpose: --set data.bad_rows=skip",
+            meaning="Training without them unasked would hide a fault in the data."
+            if examples
+            else "No row is left to train on.",
+            fix="Correct these rows, or leave them out on purpose: --set data.bad_rows=skip"
+            if examples
+            else "Correct these rows; `graft check` shows what else is in the file.",
         )
     if broken:
         notice(f"Left out {len(broken)} rows of {path}: {'; '.join(_listed(broken))}")
@@ -119,7 +123,7 @@ def encode(
             f"No {part} row of {section.path} has anything to train on.",
             problems=_listed(dropped),
             meaning="Every label is masked: the answers are empty, or prompts alone fill max_length.",
-            fix="Raise data.max_length, or see what `graft check` shows of this file.",
+            fix="Raise the limit (--set data.max_length=TOKENS), or see what `graft check` says.",
         )
     if dropped:
         notice(f"Dropped {len(dropped)} {part} rows: {'; '.join(_listed(dropped))}")

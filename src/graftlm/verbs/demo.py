@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftlm.core.files import require_new_directory
 from graftlm.models.sprout import demo_data_path
 from graftlm.verbs.merge import merge
+from graftlm.verbs.outputs import next_free, require_new_output
 from graftlm.verbs.progress import say
-from graftlm.verbs.run_folder import RUNS, _next_free
+from graftlm.verbs.run_folder import RUNS
 from graftlm.verbs.tune import TuneResult, tune
 
 SETTINGS: Mapping[str, Any] = {
@@ -32,8 +32,8 @@ def demo(out: str | Path | None = None) -> TuneResult:
 
     The folder `out` (new) gets the raw data, the run and the merged model.
     """
-    folder = Path(out) if out is not None else _next_free(RUNS, "demo")
-    require_new_directory(folder)
+    folder = Path(out) if out is not None else next_free(RUNS, "demo")
+    require_new_output(folder)
     folder.mkdir(parents=True)
     data = folder / "messages.jsonl"
     shutil.copyfile(demo_data_path(), data)

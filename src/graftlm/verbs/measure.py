@@ -91,23 +91,31 @@ def answers_wanted(recipe: Recipe, rows: Sequence[TokenRow]) -> int | None:
     return MOST_ANSWERS if lengths and statistics.median(lengths) <= SHORT_ANSWER else 0
 
 
-def known_text(
+def known_from_file(recipe: Recipe, tokenizer: Any) -> KnownText | None:
+    """Text to measure forgetting on: the recipe's, or the embedded base's own; None where there is neither.
+
+    Raises:
+        DataError: the file is missing or holds no text.
+    """
+    path = recipe.eval.known_path or (known_text_path() if recipe.model.name == SPROUT else None)
+    if path is None:
+        return None
+    texts = [str(row.get("text") or "") for row in read_rows(path).rows]
+    if not any(texts):
+        raise DataError(
+            f"{path} has no column 'text'.",
+            meaning="Forgetting is measured on running text that the base should still know.",
+            fix="Give a .txt file or rows with 'text' as eval.known_path; without it the base writes text.",
+        )
+    rows = known_from_texts([text for text in texts if text], tokenizer, max_length=recipe.data.max_length)
+    source = Path(path).name if recipe.eval.known_path else "text like its training text"
+    return KnownText(tuple(rows), source)
+
+
+def known_from_base(
     recipe: Recipe, base: nn.Module, tokenizer: Any, openings: Sequence[TokenRow], cache: Path, stop: StopFlag
 ) -> KnownText:
-    """Text to measure forgetting on: the recipe's, the embedded base's own, or what the base writes."""
-    path = recipe.eval.known_path or (known_text_path() if recipe.model.name == SPROUT else None)
-    if path is not None:
-        texts = [str(row.get("text", "")) for row in read_rows(path).rows]
-        if not any(texts):
-            raise DataError(
-                f"{path} has no column 'text'.", fix="Give running text: .txt, or rows with 'text'."
-            )
-        rows = known_from_texts(
-            [text for text in texts if text], tokenizer, max_length=recipe.data.max_length
-        )
-        return KnownText(
-            tuple(rows), Path(path).name if recipe.eval.known_path else "text like its training text"
-        )
+    """Text to measure forgetting on that the base itself writes, kept in `cache`."""
     if not cache.is_file():
         starts = () if tokenizer.bos_token_id is not None else openings[:64]
         with progress("sampling what the base knows") as tick:

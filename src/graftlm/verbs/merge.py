@@ -23,6 +23,7 @@ from graftlm.models.agreement import Agreement, agreement, logits_on
 from graftlm.models.load import load_model
 from graftlm.models.reload import PROBES
 from graftlm.models.save import save_model
+from graftlm.verbs.outputs import require_new_output
 from graftlm.verbs.references import Reference, adapter_reference, recipe_model
 
 PROBE_ROWS, PROBE_TOKENS = 32, 48
@@ -75,6 +76,7 @@ def merge(
     """
     reference = adapter_reference(str(adapter), base)
     target = Path(out)
+    require_new_output(target)
     with staged_directory(target) as staging:
         model, tokenizer = load_model(reference.base, dtype=dtype or _trained_dtype(reference))
         adapters = attach_folder(model, reference.adapter, storage=FOLDER)
@@ -97,7 +99,17 @@ def _trained_dtype(reference: Reference) -> str:
 
 
 def _probes(model: Any, tokenizer: Any) -> list[Sequence[int]]:
-    rows = sample_known_text(model, tokenizer, rows=PROBE_ROWS, tokens=PROBE_TOKENS)
+    try:
+        rows = sample_known_text(model, tokenizer, rows=PROBE_ROWS, tokens=PROBE_TOKENS)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        name = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise MergeError(
+            f"Base + adapter give numbers that are not finite in {name}.",
+            meaning="The numbers are too large for this format, or the adapter diverged.",
+            fix="Merge in a wider dtype: --dtype float32. Nothing was written.",
+        ) from error
     return [row.input_ids for row in rows]
 
 
@@ -114,12 +126,16 @@ def _in_fresh_process(folder: Path, probes: Sequence[Sequence[int]], expected: S
     probe_file = folder / PROBES
     tensors = {f"logits.{number}": logits for number, logits in enumerate(expected)}
     save_file(tensors, probe_file, metadata={"probes": json.dumps([list(probe) for probe in probes])})
-    command = [sys.executable, "-m", "graftlm.models.reload", str(folder), str(dtype)]
+    # -P: a file of the current folder must not stand in for a module of the same name.
+    command = [sys.executable, "-P", "-m", "graftlm.models.reload", str(folder), str(dtype)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     probe_file.unlink()
     if done.returncode != 0:
         raise MergeError(
-            "The merged model cannot be loaded again.", problems=done.stderr.strip().splitlines()[-3:]
+            "The merged model cannot be loaded again.",
+            problems=done.stderr.strip().splitlines()[-3:],
+            meaning="What was written to disk is not a model that a fresh process can read.",
+            fix="Report this together with `graft env`. Nothing was written.",
         )
     content = json.loads(done.stdout.strip().splitlines()[-1])
     content.pop("is_same_model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,7 @@ def adapter_reference(text: str, base: str | None = None) -> Reference:
     Raises:
         FormatError: there is no adapter; UsageError: nobody says which base it belongs to.
     """
-    if VERSIONED.fullmatch(text) and not Path(text).exists():
-        raise UsageError(
-            f"{text} looks like a name in the registry, which is not in this version of Graft.",
-            fix="Give a run folder or an adapter folder.",
-        )
+    refuse_registry_name(text)
     folder = Path(text)
     if (folder / CONFIG).is_file():
         return Reference(folder, base or _named_base(folder), run=None)
@@ -44,7 +41,7 @@ def adapter_reference(text: str, base: str | None = None) -> Reference:
         raise FormatError(
             f"The run in {folder} has no adapter yet.",
             meaning="It was interrupted before its end.",
-            fix=f"graft tune {folder} --resume",
+            fix=f"graft tune {shlex.quote(str(folder))} --resume",
         )
     raise FormatError(
         f"{folder} is neither an adapter folder nor a run folder."
@@ -53,6 +50,20 @@ def adapter_reference(text: str, base: str | None = None) -> Reference:
         meaning=f"An adapter folder holds {CONFIG}, a run folder holds {ADAPTER}/{CONFIG}.",
         fix="Check the path.",
     )
+
+
+def refuse_registry_name(text: str) -> None:
+    """Say what a name such as `support@3` is, rather than that no such folder exists.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if VERSIONED.fullmatch(text) and not Path(text).exists():
+        raise UsageError(
+            f"There is no folder {text}; it looks like a name in the registry.",
+            meaning="The registry of adapters is not in this version of Graft.",
+            fix="Give a run folder or an adapter folder.",
+        )
 
 
 def recipe_model(run: Path) -> dict[str, object]:

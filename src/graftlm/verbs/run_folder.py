@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftlm.core.config import build, dump_yaml, override, read_yaml
-from graftlm.core.errors import CheckpointError, ConfigError
+from graftlm.core.errors import CheckpointError, ConfigError, UsageError
 from graftlm.core.files import write_atomic
 from graftlm.training.recipe import Recipe, load_recipe, long_form, make_recipe
+from graftlm.verbs.outputs import next_free, require_new_output
 from graftlm.verbs.references import ADAPTER, RECIPE
 
 PLAN, REPORT, REPORT_JSON, ENVIRONMENT = "plan.json", "report.html", "report.json", "environment.json"
@@ -41,6 +43,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 
+    @property
+    def resume_command(self) -> str:
+        """What somebody types to go on with this run."""
+        return f"graft tune {shlex.quote(str(self.path))} --resume"
+
     def write_recipe(self, recipe: Recipe) -> None:
         """The complete, effective recipe."""
         write_atomic(self.path / RECIPE, dump_yaml(recipe))
@@ -66,28 +73,61 @@ class Request:
         Raises:
             ConfigError: every problem of the recipe at once.
         """
-        if self.source.endswith(YAML_SUFFIXES):
+        self._refuse_said_twice()
+        if self.is_recipe:
             return load_recipe(Path(self.source), (*_assignments(self.options), *self.overrides))
+        if not any(key.partition(".")[0] == "model" for key in (*self.options, *self._overridden)):
+            raise ConfigError(
+                "No base is named.",
+                meaning="An adapter is trained for one base model.",
+                fix=f"graft tune {shlex.quote(self.source)} --model M (folder, hub id, or sprout: embedded)",
+            )
         return make_recipe(_with_path(self.options, self.source), self.overrides)
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether `source` is a recipe, not data."""
+        return self.source.endswith(YAML_SUFFIXES)
+
+    @property
+    def _overridden(self) -> list[str]:
+        return [assignment.partition("=")[0].strip() for assignment in self.overrides]
+
+    def _refuse_said_twice(self) -> None:
+        said = {*self.options, *_flat(self.options)}
+        said |= set() if self.is_recipe else {"data", "data.path"}
+        said |= set() if self.out is None else {"output.dir"}
+        if twice := [key for key in self._overridden if key in said]:
+            raise ConfigError(
+                f"{twice[0]} is given twice: by --set, and by an argument or option of the command.",
+                meaning="One of the two would have no effect.",
+                fix="Leave one of them out.",
+            )
 
 
 def open_new(request: Request) -> tuple[RunFolder, Recipe]:
     """A new run; nothing is created yet.
 
     Raises:
-        CheckpointError: the folder holds a run, or anything else.
+        UsageError: the folder holds a run, or anything else, or the request is wrong.
     """
+    if (Path(request.source) / RECIPE).is_file():
+        raise UsageError(
+            f"{request.source} is a run that was started before.",
+            meaning="A new run starts from data or from a recipe.",
+            fix=f"Go on with it: {RunFolder(Path(request.source)).resume_command}. Or repeat it: "
+            f"graft tune {shlex.quote(str(Path(request.source) / RECIPE))} --out DIR",
+        )
     recipe = request.recipe()
     chosen = request.out or (Path(recipe.output.dir) if recipe.output.dir else None)
-    path = chosen or _next_free(RUNS, Path(recipe.data.path).name.split(".")[0] or "run")
+    path = chosen or next_free(RUNS, Path(recipe.data.path).name.split(".")[0] or "run")
     if (path / RECIPE).exists():
-        raise CheckpointError(
+        raise UsageError(
             f"{path} already holds a run.",
             meaning="Starting again here would mix two runs.",
-            fix=f"Go on with it: graft tune {path} --resume. Or choose another folder with --out.",
+            fix=f"Go on with it: {RunFolder(path).resume_command}. Or choose another folder with --out.",
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists and is not empty.", fix="Choose another folder with --out.")
+    require_new_output(path)
     return RunFolder(path), recipe
 
 
@@ -97,23 +137,43 @@ def open_existing(request: Request) -> tuple[RunFolder, Recipe]:
     Raises:
         CheckpointError: there is no run; ConfigError: the request contradicts the run's recipe.
     """
-    path = Path(request.source) if (Path(request.source) / RECIPE).is_file() else request.out
+    path = _run_to_resume(request)
     if path is None or not (path / RECIPE).is_file():
         raise CheckpointError(
             f"There is no run to resume in {path or request.source}.",
-            meaning=f"A run folder holds {RECIPE}.",
-            fix="Name the folder of the run: graft tune DIR --resume",
+            meaning=f"A run folder holds {RECIPE}, which is written before the first step.",
+            fix="Name the folder of the run: graft tune DIR --resume. Without --resume a new run starts.",
         )
     stored = read_yaml(path / RECIPE)
     wanted = dict(stored)
-    if request.source.endswith(YAML_SUFFIXES):
+    if request.is_recipe:
         wanted = _merged(wanted, read_yaml(Path(request.source)))
     elif Path(request.source) != path:
         wanted = override(wanted, [f"data.path={json.dumps(request.source)}"])
     wanted = override(wanted, (*_assignments(request.options), *request.overrides))
     recipe = build(Recipe, stored, source=str(path / RECIPE))
-    _refuse_changes(recipe, build(Recipe, wanted, source="The command"))
-    return RunFolder(path), recipe
+    asked = build(Recipe, wanted, source="The command")
+    _refuse_changes(recipe, asked)
+    # Who follows a run does not change its numbers, so that may be asked for anew.
+    output = recipe.output.replace(report_to=asked.output.report_to)
+    return RunFolder(path), recipe.model_copy(update={"output": output})
+
+
+def _run_to_resume(request: Request) -> Path | None:
+    """The folder that the request names as the run: its source, `out`, or what its recipe says."""
+    source = Path(request.source)
+    if (source / RECIPE).is_file():
+        if request.out is not None and request.out.resolve() != source.resolve():
+            raise UsageError(
+                f"Two runs are named: {source} and --out {request.out}.",
+                meaning="A run goes on in its own folder.",
+                fix=f"Leave --out out: {RunFolder(source).resume_command}",
+            )
+        return source
+    if request.out is None and request.is_recipe and source.is_file():
+        named = request.recipe().output.dir
+        return Path(named) if named else None
+    return request.out
 
 
 def _refuse_changes(stored: Recipe, wanted: Recipe) -> None:
@@ -155,10 +215,3 @@ def _assignments(options: Mapping[str, Any]) -> list[str]:
 
 def _with_path(options: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {**options, "data": {**options.get("data", {}), "path": source}}
-
-
-def _next_free(parent: Path, stem: str) -> Path:
-    number = 1
-    while (parent / f"{stem}-{number}").exists():
-        number += 1
-    return parent / f"{stem}-{number}"

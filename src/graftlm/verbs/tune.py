@@ -9,20 +9,22 @@ from typing import Any
 
 from graftlm.core.environment import describe_environment
 from graftlm.core.events import read_events
+from graftlm.core.files import remove_stale
 from graftlm.core.notices import collected
+from graftlm.core.seeding import seed_everything
 from graftlm.data.batches import Batches
 from graftlm.evaluation.compare import compare, forgetting
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.verdict import verdict
-from graftlm.formats.layout import FOLDER
+from graftlm.formats.layout import CONFIG, FOLDER
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import attach
 from graftlm.methods.resolve import resolve
 from graftlm.models.generate import context_length
 from graftlm.models.load import load_model
-from graftlm.objectives.sft import SftObjective
+from graftlm.objectives.sft import SftObjective, require_causal
 from graftlm.training.defaults import fitted, fitted_length
 from graftlm.training.loop import TrainResult, train
 from graftlm.training.progress_bar import progress_display
@@ -30,7 +32,14 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
 from graftlm.verbs.dataset import Dataset, read_dataset
-from graftlm.verbs.measure import HeldOutLoss, KnownText, Measurement, known_text, measure
+from graftlm.verbs.measure import (
+    HeldOutLoss,
+    KnownText,
+    Measurement,
+    known_from_base,
+    known_from_file,
+    measure,
+)
 from graftlm.verbs.plan import make_plan, use_checkpointing
 from graftlm.verbs.progress import say
 from graftlm.verbs.proof import Proof, prove
@@ -97,33 +106,34 @@ class Tuning:
     def __init__(self, folder: RunFolder, recipe: Recipe, stop: StopRequests, resume: Resume) -> None:
         self.folder, self.recipe, self.stop, self.resume = folder, recipe, stop, resume
         self.dataset: Dataset
-        self.known: KnownText
+        self.known: KnownText | None
 
     def run(self) -> TuneResult:
         """All stages in order."""
         self._load()
-        before = self._measure_base()
+        known, before = self._measure_base()
         adapters = self._attach()
         result = self._train(adapters)
         self._halt_if_asked()
-        after = measure(self.model, self.tokenizer, self.dataset.held_out, self.known, self.recipe,
-                        name="adapter", stop=self.stop)  # fmt: skip
-        self._halt_if_asked()
-        if not self.folder.adapter.exists():
-            adapters.save(self.folder.adapter, NAME)
+        after = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
+                        name="adapter", stop=self._halt_if_asked)  # fmt: skip
+        self._save(adapters)
         proof = prove(self.model, adapters, self.folder.adapter, self._probes())
-        return self._report(before, after, result, adapters, proof)
+        return self._report(known.source, before, after, result, proof)
 
     def _load(self) -> None:
         recipe = self.recipe
         raw = read_dataset(recipe.data, recipe.train.seed)  # a wrong path costs no loading of a model
         self.model, self.tokenizer = load_model(recipe.model.name, dtype=recipe.model.dtype)
+        require_causal(self.model)
         recipe = fitted_length(recipe, context_length(self.model))
         self.dataset = raw.encoded(recipe.data, self.tokenizer)
         width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
         lengths = [len(row.input_ids) for row in self.dataset.train]
         self.recipe, notes = fitted(recipe, lengths, width)
-        resolve(self.model, recipe.method.config())  # wrong targets stop here, before anything is written
+        # What is wrong with targets or files stops here, before anything is written.
+        resolve(self.model, recipe.method.config())
+        self.known = known_from_file(self.recipe, self.tokenizer)
         self.folder.write_recipe(self.recipe)
         self.folder.write_json(ENVIRONMENT, describe_environment().as_dict())
         data = self.dataset
@@ -132,25 +142,26 @@ class Tuning:
         for note in notes:
             say(f"       {note}")
 
-    def _measure_base(self) -> Measurement | None:
+    def _measure_base(self) -> tuple[KnownText, Measurement | None]:
         cache = self.folder.evaluation
+        remove_stale(cache)
         openings: Sequence[TokenRow] = self.dataset.held_out
-        self.known = known_text(
-            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self.stop
+        known = self.known or known_from_base(
+            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self._halt_if_asked
         )
         if not self.recipe.eval.before_after:
-            return None
+            return known, None
         before = Measurement.load(cache, "base")
         if before is None:
-            before = measure(self.model, self.tokenizer, self.dataset.held_out, self.known, self.recipe,
-                             name="base", stop=self.stop)  # fmt: skip
-            self._halt_if_asked()
+            before = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
+                             name="base", stop=self._halt_if_asked)  # fmt: skip
             before.save(cache)
         say(f"Base   held-out loss {before.held_out.loss:.3f}, known text {before.known.loss:.3f}")
-        return before
+        return known, before
 
     def _attach(self) -> AdapterSet:
         recipe = self.recipe
+        seed_everything(recipe.train.seed)  # the adapter's start is random, and belongs to the recipe
         adapters = attach(self.model, recipe.method.config(), NAME, storage=FOLDER)
         self.batches = Batches(
             self.dataset.train,
@@ -188,11 +199,17 @@ class Tuning:
         )
         return result
 
-    def _halt_if_asked(self) -> None:
+    def _save(self, adapters: AdapterSet) -> None:
+        """The config is written last: an adapter without it was cut short by a kill, and is written again."""
+        remove_stale(self.folder.adapter)
+        if not (self.folder.adapter / CONFIG).is_file():
+            adapters.save(self.folder.adapter, NAME)
+
+    def _halt_if_asked(self) -> bool:
+        """False, or the end of the run. A measurement that polls it is therefore whole or not there."""
         if self.stop():
-            raise KeyboardInterrupt(
-                f"The run is complete up to here. Go on: graft tune {self.folder.path} --resume"
-            )
+            raise KeyboardInterrupt(f"The run is complete up to here. Go on: {self.folder.resume_command}")
+        return False
 
     def _probes(self) -> list[list[int]]:
         """Held-out rows of different lengths."""
@@ -202,14 +219,14 @@ class Tuning:
 
     def _report(
         self,
+        source: str,
         before: Measurement | None,
         after: Measurement,
         result: TrainResult,
-        adapters: AdapterSet,
         proof: Proof,
     ) -> TuneResult:
         comparison = compare(before.held_out, after.held_out) if before else None
-        known = forgetting(before.known, after.known, source=self.known.source) if before else None
+        known = forgetting(before.known, after.known, source=source) if before else None
         judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
         data = report_data(
             recipe=self.recipe, dataset=self.dataset, plan=self.plan, result=result, proof=proof,
