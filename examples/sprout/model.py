@@ -2,11 +2,10 @@
 
 from itertools import islice
 
+import text
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import text
 
 PAD = "<|pad|>"
 SPECIAL = [PAD, text.END, text.SYSTEM, text.USER, text.ASSISTANT]

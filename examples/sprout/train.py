@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
 import task
 import text
+import torch
+import torch.nn.functional as F
 from model import build_model, train_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,7 @@ def documents(count: int = 9) -> list[Encoded]:
 
 
 def batch_of(rows: list[Encoded], packing: bool) -> Batch:
-    batches = Batches(
-        rows, rows_per_batch=len(rows), max_length=64, packing=packing, seed=1, pad_token_id=0
-    )
+    batches = Batches(rows, rows_per_batch=len(rows), max_length=64, packing=packing, seed=1, pad_token_id=0)
     assert batches.count(0) == 1
     return batches.batch(0, 0)
 

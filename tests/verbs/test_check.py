@@ -18,7 +18,9 @@ def test_with_and_without_a_model(sums: Path) -> None:
     assert sorted(path.name for path in sums.parent.iterdir()) == ["sums.jsonl"]
 
 
-@pytest.mark.parametrize(("option", "value"), [("max_length", 64), ("template", "chat"), ("template", "zorp")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("max_length", 64), ("template", "chat"), ("template", "zorp")]
+)
 def test_options_that_need_a_model(option: str, value: object, sums: Path) -> None:
     with pytest.raises(UsageError, match=f"{option} has no effect without a model") as refused:
         check(sums, **{option: value})  # type: ignore[arg-type]

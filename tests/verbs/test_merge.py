@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from runs import files_of
+from runs import Outcome, files_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +87,18 @@ def test_an_adapter_on_a_tied_embedding(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.float32)
     assert not plain.config.tie_word_embeddings
     torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_warnings_reach_people_as_notes(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    model, _ = load_model("sprout", dtype="float32")
+    adapters = attach(model, LoraConfig(r=2, target_modules=["lm_head"]), storage=FOLDER)
+    adapters.save(tmp_path / "adapter")
+    done = command("merge", tmp_path / "adapter", "--out", tmp_path / "merged", "--json")
+    assert done.code == 0, done.err
+    assert "note: Merging unties the embeddings" in done.err
+    assert "Warning" not in done.err
+    assert done.json["passed"]
 
 
 def test_an_existing_folder_is_left_alone(tuned: TuneResult, tmp_path: Path) -> None:

@@ -155,6 +155,16 @@ def test_other_data_under_the_same_name_are_refused(finished: Path, sums: Path, 
         tune(finished, resume=True)
 
 
+def test_a_recipe_edited_by_hand_is_refused(finished: Path) -> None:
+    """Also where the edit changes no shape and no batch."""
+    recipe = (finished / "recipe.yaml").read_text()
+    assert "lora_alpha: 32" in recipe
+    (finished / "recipe.yaml").write_text(recipe.replace("lora_alpha: 32", "lora_alpha: 64"))
+    with pytest.raises(CheckpointError, match="data or settings changed") as refused:
+        tune(finished, resume=True)
+    assert "lora_alpha" in "".join(refused.value.problems)
+
+
 def started(sums: Path, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "graftlm", "tune", str(sums), "--model", "sprout", "--out", "run", "--json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -81,4 +82,6 @@ def _as_note(
 
 def main() -> NoReturn:
     """Entry point of the script `graft`."""
+    # Threads that wait by spinning make a step several times slower as soon as another program uses a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

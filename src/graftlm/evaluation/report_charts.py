@@ -53,7 +53,7 @@ def line_chart(
     x_low, x_high = _padded(min(steps), max(steps), 0.0)
     low = min(0.0, *values) if from_zero else min(values)
     y_low, y_high = _padded(low, max(values), 0.06)
-    if from_zero and low == 0 < y_high:
+    if low >= 0 > y_low:
         y_low = 0.0
 
     def x(step: float) -> float:
@@ -152,7 +152,7 @@ def _x_axis(low: float, high: float, x: Callable[[float], float]) -> str:
         f'<text class="tick" x="{x(mark):.2f}%" y="100%" dy="18"'
         f' text-anchor="{_anchor(x(mark))}">{short(mark)}</text>'
         for mark in marks
-        if x(mark) < 88  # room for the axis name
+        if x(mark) < 84  # room for the axis name
     )
     name = '<text class="tick" x="100%" y="100%" dy="18" text-anchor="end">step</text>'
     return f'<line class="axis" x1="0" x2="100%" y1="100%" y2="100%"/>{labels}{name}'

@@ -66,7 +66,13 @@ def before_and_after(comparison: Comparison | None, forgetting: Forgetting | Non
         if comparison.exact_match is not None:
             found.append(_share_measure(comparison.exact_match))
     if forgetting is not None:
-        found.append(_loss_measure("Loss on known text", forgetting.loss, f"{forgetting.source}."))
+        found.append(
+            _loss_measure(
+                "Loss on known text",
+                forgetting.loss,
+                f"{forgetting.source[:1].upper()}{forgetting.source[1:]}.",
+            )
+        )
     if not found:
         return ""
     return (

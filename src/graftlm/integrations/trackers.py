@@ -24,6 +24,8 @@ def trackers(names: Sequence[str], run: Path) -> list[Callback]:
             found.append(TensorBoard(run / "tensorboard"))
         except ImportError:
             notice("No TensorBoard files: tensorboard is not installed (pip install 'graftlm[track]').")
+        except OSError as error:
+            notice(f"No TensorBoard files: {error}")
     return found
 
 
@@ -33,14 +35,21 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder))  # None once it has failed
 
     def __call__(self, event: Event) -> None:
-        group = "train" if event.kind == "step" else event.kind
+        if self._writer is None:
+            return
         try:
-            for name in SCALARS.get(event.kind, ()):
-                self._writer.add_scalar(f"{group}/{name}", event.fields[name], event.fields["step"])
-            if event.kind == "end":
-                self._writer.close()
-        except OSError as error:
+            self._write(event)
+        except (OSError, ValueError, RuntimeError) as error:  # it writes in a thread, and tells later
+            self._writer = None
             notice(f"TensorBoard files are incomplete: {error}")
+
+    def _write(self, event: Event) -> None:
+        group = "train" if event.kind == "step" else event.kind
+        for name in SCALARS.get(event.kind, ()):
+            if name in event.fields:
+                self._writer.add_scalar(f"{group}/{name}", event.fields[name], event.fields["step"])
+        if event.kind == "end":
+            self._writer.close()

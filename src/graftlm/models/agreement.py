@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def logits_on(model: nn.Module, probes: Sequence[Sequence[int]]) -> list[Tensor]
 
 
 def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement:
-    """Compare two sets of logits on the same probes.
+    """Compare two sets of logits on the same probes; where one is not finite, they are infinitely far apart.
 
     >>> same = [torch.eye(3)]
     >>> agreement(same, same).mean_kl
@@ -73,13 +74,15 @@ def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement
     """
     ours, theirs = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
     p, q = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
-    kl = (p.exp() * (p - q)).sum(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    difference = float((ours - theirs).abs().max())
     return Agreement(
         probes=len(reference),
         tokens=ours.shape[0],
-        mean_kl=max(0.0, float(kl.mean())),
+        # NaN compares as false with everything: it must count as far apart, not as equal.
+        mean_kl=math.inf if math.isnan(kl) else max(0.0, kl),
         top1=_same_choice(p, q),
-        largest_logit_difference=float((ours - theirs).abs().max()),
+        largest_logit_difference=math.inf if math.isnan(difference) else difference,
     )
 
 

@@ -48,12 +48,14 @@ def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Re
         notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
     if recipe.data.packing and not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         rows_per_window = max(1.0, recipe.data.max_length * len(lengths) / max(1, sum(lengths)))
-        windows = max(1, round(ROWS_PER_STEP / rows_per_window))
-        size = min(windows, TrainSection().per_device_train_batch_size)
+        wanted = max(1, round(ROWS_PER_STEP / rows_per_window))
+        passes = -(-wanted // TrainSection().per_device_train_batch_size)
+        size = max(1, round(wanted / passes))
+        windows = size * passes
         changes["per_device_train_batch_size"] = size
-        changes["gradient_accumulation_steps"] = -(-windows // size)
+        changes["gradient_accumulation_steps"] = passes
         notes.append(
-            f"{windows} windows of {recipe.data.max_length} tokens (about "
+            f"{windows} window{'' if windows == 1 else 's'} of {recipe.data.max_length} tokens (about "
             f"{windows * rows_per_window:.0f} rows) per step"
         )
     train = recipe.train.replace(**changes)

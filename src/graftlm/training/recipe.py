@@ -259,7 +259,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def make_recipe(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from command-line options and overrides."""
-    return build(Recipe, override(sections, overrides), source="The command")
+    return build(Recipe, override(long_form(sections), overrides), source="The command")
 
 
 def long_form(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def read_examples(path: str, format: str, bad_rows: str) -> tuple[list[Example],
             else "Correct these rows; `graft check` shows what else is in the file.",
         )
     if broken:
-        notice(f"Left out {len(broken)} rows of {path}: {'; '.join(_listed(broken))}")
+        notice(f"Left out {_rows(len(broken))} of {path}: {'; '.join(_listed(broken))}")
     return examples, found
 
 
@@ -126,13 +126,15 @@ def encode(
             fix="Raise the limit (--set data.max_length=TOKENS), or see what `graft check` says.",
         )
     if dropped:
-        notice(f"Dropped {len(dropped)} {part} rows: {'; '.join(_listed(dropped))}")
+        notice(f"Dropped {_rows(len(dropped), part)}: {'; '.join(_listed(dropped))}")
     cut = sum(row.truncated for row in encodings.rows)
     if cut:
-        notice(
-            f"{cut} {part} rows were cut at {section.max_length} tokens; data.max_length raises the limit."
-        )
+        notice(f"{_rows(cut, part)} cut at {section.max_length} tokens; data.max_length raises the limit.")
     return encodings.rows
+
+
+def _rows(count: int, part: str = "") -> str:
+    return f"{count:,} {part} row".replace("  ", " ") + ("" if count == 1 else "s")
 
 
 def _listed(problems: Sequence[Problem]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graftlm.core.errors import MergeError
 from graftlm.core.files import staged_directory, write_atomic
+from graftlm.core.storage import require_space
 from graftlm.evaluation.known_text import sample_known_text
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.adapter_set import AdapterSet
@@ -125,6 +126,7 @@ def _in_fresh_process(folder: Path, probes: Sequence[Sequence[int]], expected: S
     dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "auto")
     probe_file = folder / PROBES
     tensors = {f"logits.{number}": logits for number, logits in enumerate(expected)}
+    require_space(folder, sum(logits.numel() * logits.element_size() for logits in expected))
     save_file(tensors, probe_file, metadata={"probes": json.dumps([list(probe) for probe in probes])})
     # -P: a file of the current folder must not stand in for a module of the same name.
     command = [sys.executable, "-P", "-m", "graftlm.models.reload", str(folder), str(dtype)]

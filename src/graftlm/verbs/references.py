@@ -74,11 +74,18 @@ def recipe_model(run: Path) -> dict[str, object]:
 
 def _named_base(folder: Path) -> str:
     try:
-        name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        name = None
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(
+            f"{folder / CONFIG} is not valid JSON: {error}.",
+            meaning="The file is damaged or cut off.",
+            fix="Copy or train the adapter again.",
+        ) from None
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not name:
         raise UsageError(
-            f"{folder / CONFIG} does not name the base of the adapter.", fix="Name it: --base MODEL."
+            f"{folder / CONFIG} does not name the base of the adapter.",
+            meaning="The tool that wrote it left the name out.",
+            fix="Name it: --base MODEL.",
         )
     return str(name)

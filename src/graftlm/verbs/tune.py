@@ -191,7 +191,11 @@ class Tuning:
             train_section,
             run=self.folder.path,
             resume=self.resume,
-            identity={"base": self.recipe.model.name, "dtype": self.plan.dtype},
+            identity={
+                "base": self.recipe.model.name,
+                "dtype": self.plan.dtype,
+                "method": self.recipe.method.model_dump(mode="json"),
+            },
             evaluate=HeldOutLoss(self.model, self.dataset.held_out),
             callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
             stop=self.stop,
