@@ -56,6 +56,14 @@ def test_samples_are_the_extremes_and_never_shown_twice() -> None:
     )
 
 
+def test_wrong_answers_come_before_losses_that_rose() -> None:
+    answers = ["yes"] * 12
+    answers[5] = "no"
+    after = [1.0 + number / 10 for number in range(12)]
+    found = compare(evaluation("a", [2.0] * 12, ["no"] * 12), evaluation("b", after, answers))
+    assert [sample.row for sample in found.losses] == [6, 12, 11]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_few_rows_are_shared_out(rows: int) -> None:
     found = compare(evaluation("a", [2.0] * rows), evaluation("b", [1.0] * rows))

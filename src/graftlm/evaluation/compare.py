@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftlm.core.errors import DataError
-from graftlm.evaluation.metrics import LossChange, Share, mcnemar, paired_bootstrap, share_of
+from graftlm.evaluation.metrics import LossChange, Share, exact_match, mcnemar, paired_bootstrap, share_of
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation
 
 
@@ -43,6 +43,13 @@ class SampleChange:
         """Negative when the adapter is better on this row."""
         return self.loss_after - self.loss_before
 
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the adapter's answer is the reference; None where no answer was asked for."""
+        if self.answer_after is None or self.reference is None:
+            return None
+        return exact_match(self.answer_after, self.reference)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -69,8 +76,8 @@ def compare(before: Evaluation, after: Evaluation, *, samples: int = 3, seed: in
     """Compare `after` with `before`, paired by row.
 
     `samples` rows of each kind are picked among the answered rows (among all where none was answered):
-    those whose loss fell most, those whose loss rose most (or fell least), and random others; no row is
-    shown twice.
+    those whose loss fell most, those that went worst (wrong answers first, then the rows whose loss rose
+    most), and random others; no row is shown twice.
 
     Raises:
         DataError: the evaluations are incomplete or of different rows.
@@ -158,8 +165,9 @@ def _pick(
     ranked = sorted(answered or changes, key=lambda sample: (sample.change, sample.row))
     count = min(count, len(ranked) // 3) or min(1, len(ranked))
     gains = ranked[:count]
-    losses = [sample for sample in reversed(ranked[count:])][:count]
-    rest = ranked[len(gains) : len(ranked) - len(losses)]
+    # A wrong answer is worse than any loss: those first, then the rows whose loss rose most.
+    losses = sorted(reversed(ranked[count:]), key=lambda sample: sample.is_right is not False)[:count]
+    rest = [sample for sample in ranked[count:] if sample not in losses]
     others = random.Random(seed).sample(rest, min(count, len(rest)))
     return tuple(gains), tuple(losses), tuple(others)
 

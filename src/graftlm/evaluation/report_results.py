@@ -87,14 +87,20 @@ def samples_section(comparison: Comparison | None) -> str:
     """Rows side by side."""
     if comparison is None:
         return ""
-    rose = any(sample.change > 0 for sample in comparison.losses)
     groups = (
         ("Improved most", comparison.gains),
-        ("Got worse most" if rose else "Improved least", comparison.losses),
+        (_worst(comparison.losses), comparison.losses),
         ("Picked at random", comparison.others),
     )
     body = "".join(_group(title, samples, comparison) for title, samples in groups if samples)
     return f"<section><h2>Samples</h2>{body}</section>" if body else ""
+
+
+def _worst(samples: Sequence[SampleChange]) -> str:
+    """What the worst rows have in common."""
+    if any(sample.is_right is False for sample in samples):
+        return "Wrong answers"
+    return "Got worse most" if any(sample.change > 0 for sample in samples) else "Improved least"
 
 
 def _tile(label: str, figure: str, sub: str) -> str:

@@ -182,6 +182,8 @@ class Tuning:
 
     def _train(self, adapters: AdapterSet) -> TrainResult:
         train_section = self.recipe.train
+        fields = self.recipe.method.model_dump(mode="json")
+        method = {f"method.{key}": value for key, value in fields.items()}
         parameters = adapters.named_parameters(NAME)
         result = train(
             self.model,
@@ -191,11 +193,7 @@ class Tuning:
             train_section,
             run=self.folder.path,
             resume=self.resume,
-            identity={
-                "base": self.recipe.model.name,
-                "dtype": self.plan.dtype,
-                "method": self.recipe.method.model_dump(mode="json"),
-            },
+            identity={"base": self.recipe.model.name, "dtype": self.plan.dtype, **method},
             evaluate=HeldOutLoss(self.model, self.dataset.held_out),
             callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
             stop=self.stop,
