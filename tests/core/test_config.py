@@ -105,6 +105,11 @@ def test_overrides_nest_and_leave_the_original_alone() -> None:
     assert before == {"train": {"steps": 1}}
 
 
+def test_a_value_that_is_not_yaml_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"eval.metrics=\[loss"):
+        override({}, ["eval.metrics=[loss"])
+
+
 @pytest.mark.parametrize("text", ["train.steps", "=3", "train..steps=3", ".=1"])
 def test_overrides_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ConfigError, match="Cannot read the override"):

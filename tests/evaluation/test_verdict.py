@@ -69,6 +69,8 @@ def test_without_a_margin_forgetting_is_told_and_not_judged() -> None:
     assert found.outcome == "PASS"
     assert "known text +25.0 %" in found.text
     assert "some of what the base knew is forgotten" in found.text
+    worse = verdict(comparison(BETTER), Forgetting("text", change(2.0, (0.9, 0.8, 1.0))))
+    assert "much of what the base knew is forgotten" in worse.text
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def override(mapping: Mapping[str, Any], assignments: Iterable[str]) -> dict[str
                 f"Cannot read the override {assignment!r}.",
                 fix="Write section.field=value, for instance train.learning_rate=1e-4.",
             )
-        _assign(result, parts, _scalar(text))
+        _assign(result, parts, _scalar(text, assignment))
     return result
 
 
@@ -162,9 +162,16 @@ def _assign(mapping: dict[str, Any], parts: Sequence[str], value: Any) -> None:
     mapping[parts[-1]] = value
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str, assignment: str) -> Any:
     """YAML 1.1 reads `1e-4` as a string; people mean the number."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"The value of {assignment!r} is not valid YAML.",
+            meaning="A bracket or quote is not closed.",
+            fix="Close what you open, and quote the whole assignment for the shell: 'eval.metrics=[loss]'.",
+        ) from None
     if isinstance(value, str):
         try:
             return float(value)

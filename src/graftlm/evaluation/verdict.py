@@ -16,6 +16,8 @@ MINIMUM_ROWS = 10
 SAME = 0.01
 """Losses within 1 % of each other count as the same."""
 SIGNIFICANT = 0.05
+MUCH = 0.25
+"""A rise of the loss on known text by more than a quarter is called much."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,7 @@ def _memory(known: Forgetting, margin: float | None) -> _Part:
     rise = loss.relative
     figures = f"known text {rise.value * 100:+.1f} %"
     if margin is None:
-        words = (
-            "some of what the base knew is forgotten" if rise.low > 0 else "nothing forgotten beyond noise"
-        )
-        return _Part("PASS", figures, words)
+        return _Part("PASS", figures, _forgotten(rise))
     allowed = f"margin {margin * 100:g} %"
     if loss.rows < MINIMUM_ROWS:
         return _Part("INSUFFICIENT", figures, f"{loss.rows} rows of known text are too few to judge")
@@ -114,6 +113,14 @@ def _memory(known: Forgetting, margin: float | None) -> _Part:
     if rise.low > 0:
         return _Part("PASS", figures, f"little forgotten ({allowed})")
     return _Part("PASS", figures, "nothing forgotten beyond noise")
+
+
+def _forgotten(rise: Interval) -> str:
+    """How much is lost, where nobody set a margin to judge it by."""
+    if rise.low <= 0:
+        return "nothing forgotten beyond noise"
+    amount = "much" if rise.value > MUCH else "some"
+    return f"{amount} of what the base knew is forgotten while the adapter is on"
 
 
 def _needed(loss: LossChange, interval: Interval, bound: float) -> str:

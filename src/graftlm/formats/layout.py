@@ -163,7 +163,7 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
         raise FormatError(
             message,
             meaning=f"The weights of this base ({ours.name or 'unnamed'}) are not those it was trained on.",
-            fix="Load the base that it names, or pass strict=False if you know that they belong together.",
+            fix="Load the base that it names. From Python, strict=False skips this check.",
         )
     warnings.warn(message, stacklevel=5)
 

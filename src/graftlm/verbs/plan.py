@@ -103,7 +103,11 @@ def use_checkpointing(model: Any, recipe: Recipe) -> RecomputeChoice:
     """Switch activation checkpointing on if the recipe says so, or if memory asks for it; with the reason."""
     choice = _recompute_choice(model, recipe)
     if choice.policy == "recompute":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return choice
 
 
