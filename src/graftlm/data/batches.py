@@ -14,7 +14,7 @@ from graftlm.data.encode import IGNORED, Encoded
 from graftlm.data.packing import best_fit
 
 WIDTH_STEP = 64
-"""Packed widths are multiples of this: kernels that are compiled per shape see few shapes."""
+"""Packed widths are multiples of this, or `max_length`: kernels compiled per shape see few shapes."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,11 @@ class Batches:
         start = index * self._rows_per_batch
         windows = self._plan(epoch)[start : start + self._rows_per_batch]
         documents = [[self._encoded[row] for row in window] for window in windows]
-        return _packed(documents, self._pad) if self._packing else _padded(documents, self._pad)
+        return (
+            _packed(documents, self._pad, self._max_length)
+            if self._packing
+            else _padded(documents, self._pad)
+        )
 
     def packing_rate(self, epoch: int = 0) -> float:
         """Share of the window tokens that are no padding (1.0 is perfect)."""
@@ -182,9 +186,9 @@ def _content_hash(encoded: Sequence[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def _packed(windows: list[list[Encoded]], pad: int) -> Batch:
+def _packed(windows: list[list[Encoded]], pad: int, max_length: int) -> Batch:
     longest = max(sum(len(row.input_ids) for row in window) for window in windows)
-    width = -(-longest // WIDTH_STEP) * WIDTH_STEP
+    width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, max_length)
     shape = (len(windows), width)
     ids = torch.full(shape, pad, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
