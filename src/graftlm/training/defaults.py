@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from graftlm.core.errors import ConfigError
-from graftlm.training.recipe import Recipe, TrainSection
+from graftlm.training.recipe import Recipe
 
 REFERENCE_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT = 2e-4, 4096, 0.8
 """LoRA's usual 2e-4 belongs to models about 4,096 wide; narrower ones want more. The exponent is measured on
-models 64 to 256 wide (docs/results/learning-rate.md)."""
+models 64 and 128 wide (docs/results/learning-rate.md)."""
 HIGHEST_RATE = 5e-3
 ROWS_PER_STEP = 16
 """Examples in one optimizer step."""
+TOKENS_PER_PASS = 4096
+"""Tokens of one forward pass where the batch size is fitted: small in memory, enough for matrix units."""
 
 
 def fitted_length(recipe: Recipe, context: int | None) -> Recipe:
@@ -49,7 +51,7 @@ def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Re
     if recipe.data.packing and not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         rows_per_window = max(1.0, recipe.data.max_length * len(lengths) / max(1, sum(lengths)))
         wanted = max(1, round(ROWS_PER_STEP / rows_per_window))
-        passes = -(-wanted // TrainSection().per_device_train_batch_size)
+        passes = -(-wanted // max(1, TOKENS_PER_PASS // recipe.data.max_length))
         size = max(1, round(wanted / passes))
         windows = size * passes
         changes["per_device_train_batch_size"] = size
