@@ -105,7 +105,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch(packing: bool) -> None:
         batch.rows for batch in every(one, 0)
     ]
     flat = [row for batch in every(one, 1) for row in batch.rows]
-    halved = one.with_rows_per_batch(1)
+    halved = batches_of(rows, packing=packing, rows_per_batch=1)
     assert [row for batch in every(halved, 1) for row in batch.rows] == flat
     assert halved.count(1) >= one.count(1) and one.batch(1, 0).labels.shape[0] == 2
 

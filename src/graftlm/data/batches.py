@@ -102,13 +102,6 @@ class Batches:
         settings = (self._rows_per_batch, self._max_length, self._packing, self._seed, self._pad)
         return hashlib.sha256(f"{self._content}{settings}".encode()).hexdigest()
 
-    def with_rows_per_batch(self, rows_per_batch: int) -> Batches:
-        """The same windows in the same order, grouped differently (after running out of memory)."""
-        other = Batches.__new__(Batches)
-        other.__dict__.update(self.__dict__)
-        other._rows_per_batch = rows_per_batch
-        return other
-
     def count(self, epoch: int) -> int:
         """Micro-batches of that epoch (the same in every epoch)."""
         return -(-len(self._plan(epoch)) // self._rows_per_batch)

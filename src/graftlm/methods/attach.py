@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from graftlm.core.errors import AdapterError
 from graftlm.methods.adapter_set import ATTRIBUTE, AdapterSet, ParameterType, Storage
 from graftlm.methods.base import MethodConfig
 
@@ -60,17 +59,3 @@ def adapters_of(model: nn.Module) -> AdapterSet | None:
     """The `AdapterSet` of a model, or None."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, AdapterSet) else None
-
-
-def require_adapters(model: nn.Module) -> AdapterSet:
-    """The `AdapterSet` of a model.
-
-    Raises:
-        AdapterError: nothing is attached.
-    """
-    adapters = adapters_of(model)
-    if adapters is None:
-        raise AdapterError(
-            "This model has no adapters.", fix="Attach one: gl.attach(model, gl.LoraConfig())."
-        )
-    return adapters

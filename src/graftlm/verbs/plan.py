@@ -33,6 +33,8 @@ class Plan:
     train_rows: int
     held_out_rows: int
     train_tokens: int
+    windows_filled: float
+    """Share of the packed windows that is text; the rest is padding. 1 where rows are not packed."""
     steps: int
     learning_rate: float
     loss_path: str
@@ -78,6 +80,7 @@ def make_plan(
         train_rows=len(dataset.train),
         held_out_rows=len(dataset.held_out),
         train_tokens=dataset.train_tokens,
+        windows_filled=round(batches.packing_rate(), 4),
         steps=Timeline(batches, recipe.train.gradient_accumulation_steps).total_steps(recipe.train),
         learning_rate=recipe.train.learning_rate,
         loss_path=objective.path,
