@@ -217,3 +217,12 @@ def test_gradients_of_the_parts_are_those_of_the_merged_weight() -> None:
         dense = merged.get_submodule(path).weight.grad
         torch.testing.assert_close(a.grad, 2 * b.detach().T @ dense, rtol=1e-7, atol=1e-11)
         torch.testing.assert_close(b.grad, 2 * dense @ a.detach().T, rtol=1e-7, atol=1e-11)
+
+
+def test_lora_plus_speeds_up_the_output_side_only() -> None:
+    for part, name in (
+        (LoraLinear(4, 6, r=2, scaling=1.0), "lora_B"),
+        (LoraEmbedding(torch.nn.Embedding(5, 4), r=2, scaling=1.0), "lora_embedding_B"),
+    ):
+        assert part.output_side == (name,)
+        assert name in dict(part.named_parameters())

@@ -17,21 +17,8 @@ from graftlm.methods.lora import LoraConfig
 from graftlm.methods.resolve import resolve
 from graftlm.methods.targets import select
 
-from .tiny import KINDS, graft, snapshot, tiny
+from .tiny import DECODER, KINDS, graft, snapshot, tiny
 
-SMALL = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QKVO = "q_proj k_proj v_proj o_proj"
 QKV_OUT = "q_proj k_proj v_proj out_proj"
@@ -86,7 +73,7 @@ def model_of(name: str) -> Any:
     model_class: Any = getattr(transformers, name)
     config_class = model_class.config_class
     family = config_class.__name__.removesuffix("Config").removesuffix("Text")
-    settings = SMALL | (EXPERTS if "Moe" in name or "Mixtral" in name else {}) | OWN_NAMES.get(family, {})
+    settings = DECODER | (EXPERTS if "Moe" in name or "Mixtral" in name else {}) | OWN_NAMES.get(family, {})
     for key in FOREIGN.get(family, ()):
         settings = {k: v for k, v in settings.items() if k != key}
     with torch.device("meta"):

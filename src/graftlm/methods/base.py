@@ -46,6 +46,9 @@ class SiteAdapter(nn.Module, ABC):
     """True if the output is the base's output plus something that depends on the input alone; such adapters
     can be chained without evaluating the base layer again."""
 
+    output_side: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters next to the output, which LoRA+ trains faster (arXiv 2402.12354)."""
+
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any: ...
 

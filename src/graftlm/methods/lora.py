@@ -82,6 +82,7 @@ class LoraLinear(LayerAdapter):
     """The update of one linear layer. Shapes: lora_A [r, in], lora_B [out, r], whatever the base's layout."""
 
     is_additive: ClassVar[bool] = True
+    output_side: ClassVar[tuple[str, ...]] = ("lora_B",)
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class LoraEmbedding(LayerAdapter):
     """The update of an embedding. Shapes: lora_embedding_A [r, vocabulary], lora_embedding_B [dim, r]."""
 
     is_additive: ClassVar[bool] = True
+    output_side: ClassVar[tuple[str, ...]] = ("lora_embedding_B",)
 
     def __init__(self, base: nn.Embedding, *, r: int, scaling: float, init: Init = "kaiming") -> None:
         super().__init__()

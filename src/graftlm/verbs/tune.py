@@ -197,7 +197,9 @@ class Tuning:
             evaluate=HeldOutLoss(self.model, self.dataset.held_out),
             callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
             stop=self.stop,
-            lora_b=[name for name in parameters if name.endswith("_B")],
+            lora_b=[
+                f"{path}.{key}" for path, part in adapters.sites(NAME).items() for key in part.output_side
+            ],
         )
         return result
 
