@@ -158,7 +158,7 @@ def test_roles_are_written_as_names_that_select_the_same_in_peft(
     adapted = {
         n for n, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
     }
-    assert adapted == set(adapters.sites("default"))
+    assert adapted == set(adapters.parts("default"))
     torch.testing.assert_close(logits(model, batch("llama")), logits(ours, batch("llama")), rtol=0, atol=1e-5)
 
 

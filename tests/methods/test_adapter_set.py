@@ -311,12 +311,12 @@ def test_to_another_dtype_moves_everything(is_merged: bool) -> None:
 def test_training_mode_reaches_the_adapters() -> None:
     model = tiny("llama").train()
     adapters = graft(model, LoraConfig(r=2, lora_dropout=0.1), "a")
-    parts = adapters.sites("a").values()
+    parts = adapters.parts("a").values()
     assert all(part.training for part in parts)
     model.eval()
     assert not any(part.training for part in parts)
     adapters.add("b", SMALL)
-    assert not any(part.training for part in adapters.sites("b").values())
+    assert not any(part.training for part in adapters.parts("b").values())
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")

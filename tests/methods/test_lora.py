@@ -35,7 +35,7 @@ def test_the_output_is_that_of_a_base_with_changed_weights(kind: str, use_rslora
     adapters = graft(model, LoraConfig(r=4, lora_alpha=6, use_rslora=use_rslora), dtype="base")
     stir(adapters)
     scale = 6 / 4**0.5 if use_rslora else 6 / 4
-    for path, part in adapters.sites("default").items():
+    for path, part in adapters.parts("default").items():
         assert isinstance(part, LoraLinear)
         delta = (scale * part.lora_B @ part.lora_A).detach()
         layer = changed.get_submodule(path)
@@ -61,7 +61,7 @@ def test_an_adapted_embedding_is_an_embedding_with_a_changed_table(
     changed = copy.deepcopy(model)
     adapters = graft(model, LoraConfig(r=3, lora_alpha=6, target_modules=(name,)), dtype="base")
     stir(adapters)
-    for path, part in adapters.sites("default").items():
+    for path, part in adapters.parts("default").items():
         assert isinstance(part, LoraEmbedding)
         assert part.embed_scale == pytest.approx(scale)
         table = changed.get_submodule(path)
@@ -76,7 +76,7 @@ def test_the_padding_row_of_an_embedding_gets_no_gradient() -> None:
     model = tiny("llama")
     adapters = graft(model, LoraConfig(r=2, target_modules=("embed_tokens",), init_lora_weights=False))
     model(input_ids=torch.tensor([[0, 5, 6]])).logits.square().sum().backward()
-    (part,) = adapters.sites("default").values()
+    (part,) = adapters.parts("default").values()
     gradient = part.get_parameter("lora_embedding_A").grad
     assert gradient is not None
     assert not gradient[:, 0].any() and gradient[:, 5].any()
@@ -207,7 +207,7 @@ def test_gradients_of_the_parts_are_those_of_the_merged_weight() -> None:
     merged = copy.deepcopy(model)
     adapters = graft(model, LoraConfig(r=3, lora_alpha=6, init_lora_weights=False), dtype="base")
     parts: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, part in adapters.sites("default").items():
+    for path, part in adapters.parts("default").items():
         assert isinstance(part, LoraLinear)
         parts[path] = (part.lora_A, part.lora_B)
         merged.get_submodule(path).weight.data += (2 * part.lora_B @ part.lora_A).detach()

@@ -167,7 +167,7 @@ def test_a_sum_that_overflows_is_refused() -> None:
 def test_an_interrupted_merge_leaves_nothing_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
     model, adapters = three()
     unchanged, state = snapshot(model), adapters._state
-    last = list(adapters.sites("a").values())[-1]
+    last = list(adapters.parts("a").values())[-1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(last), "merged", lambda part, dense: _interrupt(part is last, dense))
         adapters.merge()

@@ -232,7 +232,7 @@ def test_resolving_is_pure_and_counts_exactly() -> None:
         adapters = graft(model, config)
         assert resolution.parameters == sum(p.numel() for p in adapters.parameters("default"))
         assert resolution.bytes == 4 * resolution.parameters
-        assert list(resolution.paths) == list(adapters.sites("default"))
+        assert list(resolution.paths) == list(adapters.parts("default"))
         assert resolve(model, config).paths == resolution.paths, "sites are looked through"
 
 

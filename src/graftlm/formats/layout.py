@@ -42,7 +42,7 @@ class Folder:
                 f"{directory} already holds an adapter.", fix="Choose another folder, or remove this one."
             )
         _require_folder(directory)
-        copied = [path for path, part in adapters.sites(name).items() if isinstance(part, FullCopy)]
+        copied = [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)]
         base = identify(adapters.model, without=copied)
         tensors = adapter_tensors(adapters, name)
         write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
@@ -80,9 +80,9 @@ def adapter_tensors(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
         FormatError: a tensor is empty (sharded away) or not finite.
     """
     found: dict[str, Tensor] = {}
-    for path, part in adapters.sites(name).items():
-        for key, parameter in part.named_parameters():
-            found[tensor_key(path, part, key)] = parameter.detach().cpu().contiguous()
+    for path, part in adapters.parts(name).items():
+        for key, tensor in part.saved().items():
+            found[tensor_key(path, part, key)] = tensor.cpu().contiguous()
     bad = [key for key, tensor in found.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
     if bad:
         raise FormatError(
@@ -169,17 +169,19 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
 
 
 def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:
+    parts = adapters.parts(name)
     wanted = {
-        tensor_key(path, part, key): parameter
-        for path, part in adapters.sites(name).items()
-        for key, parameter in part.named_parameters()
+        tensor_key(path, part, key): (path, key, tensor.shape)
+        for path, part in parts.items()
+        for key, tensor in part.saved().items()
     }
     problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]
     for key in sorted(tensors.keys() - wanted.keys()):
         problems += _unexpected(adapters.model, key, tensors[key])
     for key in sorted(wanted.keys() & tensors.keys()):
-        if wanted[key].shape != tensors[key].shape:
-            problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(wanted[key].shape)}")
+        shape = wanted[key][2]
+        if shape != tensors[key].shape:
+            problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(shape)}")
             del wanted[key]
     if problems and strict:
         raise FormatError(
@@ -193,9 +195,12 @@ def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: s
         )
     if problems:
         warnings.warn(f"{source}: not applied: {'; '.join(problems)}", stacklevel=5)
-    with torch.no_grad():
-        for key in wanted.keys() & tensors.keys():
-            wanted[key].copy_(tensors[key])
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(wanted.keys() & tensors.keys()):
+        path, name_in_part, _ = wanted[key]
+        found.setdefault(path, {})[name_in_part] = tensors[key]
+    for path, own in found.items():
+        parts[path].load_saved(own)
 
 
 def _unexpected(model: nn.Module, key: str, tensor: Tensor) -> list[str]:

@@ -16,6 +16,7 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
 from graftlm.methods.copies import FullCopy
 from graftlm.methods.families import ROLES
+from graftlm.methods.layer_config import LayerConfig
 from graftlm.methods.site import base_modules
 from graftlm.methods.table import method
 from graftlm.methods.targets import select
@@ -58,7 +59,7 @@ HISTORY = {"init_lora_weights": True}
 
 def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
     """The content of `adapter_config.json`, sorted lists only."""
-    config = adapters.config(name)
+    config = adapters.config(name).portable()
     modules = base_modules(adapters.model)
     fields = config.model_dump(mode="json")
     fields |= {
@@ -70,24 +71,25 @@ def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
         "revision": None,
     }
     fields |= {key: value for key, value in HISTORY.items() if key in fields}
-    if _uses_roles(config.target_modules) or _uses_roles(config.exclude_modules or ()):
+    if isinstance(config, LayerConfig) and _uses_roles(config):
         fields |= {"target_modules": _expanded(adapters.model, config), "exclude_modules": None}
         fields |= {"layers_to_transform": None, "layers_pattern": None}
     if "fan_in_fan_out" not in fields and config.peft_type in DEFAULTS:
-        fields["fan_in_fan_out"] = any(isinstance(modules[path], Conv1D) for path in adapters.sites(name))
+        fields["fan_in_fan_out"] = any(isinstance(modules[path], Conv1D) for path in adapters.parts(name))
     return fields
 
 
 def _copied(adapters: AdapterSet, name: str) -> list[str] | None:
     """Full paths: PEFT takes a name for the ending of any path, without a dot before it."""
-    return [path for path, part in adapters.sites(name).items() if isinstance(part, FullCopy)] or None
+    return [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)] or None
 
 
-def _uses_roles(spec: str | tuple[str, ...]) -> bool:
-    return bool({spec} & set(ROLES)) if isinstance(spec, str) else not set(spec).isdisjoint(ROLES)
+def _uses_roles(config: LayerConfig) -> bool:
+    specs = (config.target_modules, config.exclude_modules or ())
+    return any(name in ROLES for spec in specs for name in ((spec,) if isinstance(spec, str) else spec))
 
 
-def _expanded(model: nn.Module, config: MethodConfig) -> list[str]:
+def _expanded(model: nn.Module, config: LayerConfig) -> list[str]:
     """Roles as module names that any PEFT understands: bare names where those select the same modules."""
     chosen = select(model, config)
     leaves = sorted({path.rpartition(".")[2] for path in chosen})
@@ -112,11 +114,11 @@ def from_json(content: Mapping[str, Any], keys: Iterable[str], source: str) -> M
         _refuse_foreign_meaning(fields, kind, source)
         keys = list(keys)
         known = {key: value for key, value in fields.items() if key in kind.model_fields and value != []}
-        if not known.get("target_modules"):
+        if issubclass(kind, LayerConfig) and not known.get("target_modules"):
             known["target_modules"] = sorted({path for key in keys if (path := target_path(key))})
         if known.get("modules_to_save"):
             known["modules_to_save"] = copied_paths(known["modules_to_save"], keys)
-        known["init_lora_weights"] = True
+        known |= {key: value for key, value in HISTORY.items() if key in kind.model_fields}
         return build(kind, known, source=source)
     except ConfigError as error:
         raise FormatError(

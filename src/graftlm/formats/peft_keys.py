@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from graftlm.methods.base import SiteAdapter
+from graftlm.methods.base import Part
 from graftlm.methods.bias import BiasShift
 from graftlm.methods.copies import FullCopy
 from graftlm.methods.lora import LoraEmbedding, LoraLinear
@@ -21,18 +21,19 @@ BASE_WEIGHT = ".base_layer.weight"
 HEADS = ("classifier", "score")
 """PEFT lists both among the saved modules of any classifier; a model has one of them."""
 
-SUFFIXES: Mapping[type[SiteAdapter], Mapping[str, str]] = {
+SUFFIXES: Mapping[type[Part], Mapping[str, str]] = {
     LoraLinear: {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "shift.bias": "base_layer.bias"},
     LoraEmbedding: {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"},
     BiasShift: {"bias": "bias"},
 }
+"""Ends of keys by the names in `Part.saved()`; a class that is not listed uses its own names."""
 
 
-def tensor_key(path: str, part: SiteAdapter, parameter: str) -> str:
+def tensor_key(path: str, part: Part, parameter: str) -> str:
     """The key of one parameter of the part at `path`."""
     if isinstance(part, FullCopy):
         return f"{PREFIX}{path}.{parameter.removeprefix('module.')}"
-    return f"{PREFIX}{path}.{SUFFIXES[type(part)][parameter]}"
+    return f"{PREFIX}{path}.{SUFFIXES.get(type(part), {}).get(parameter, parameter)}"
 
 
 def clean_key(key: str) -> str:

@@ -7,29 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from graftlm.core.errors import AdapterError
 from graftlm.methods import merge as merging
-from graftlm.methods.base import MethodConfig, SiteAdapter
+from graftlm.methods.base import MethodConfig, Part
 from graftlm.methods.install import Installation
+from graftlm.methods.place import Composition
 from graftlm.methods.resolve import resolve
 from graftlm.methods.routing import routed
 from graftlm.methods.state import State, as_names, check_name
+from graftlm.methods.storage import Storage
 
 ParameterType = Literal["float32", "base"]
 ATTRIBUTE = "graft_adapters"
-
-
-class Storage(Protocol):
-    """How adapters get to disk and back; given in from above, so that no method knows formats."""
-
-    def save(self, adapters: AdapterSet, directory: Path, name: str) -> None: ...
-
-    def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None: ...
 
 
 class AdapterSet:
@@ -82,16 +76,16 @@ class AdapterSet:
         self._require(name)
         return self._configs[name]
 
-    def sites(self, name: str) -> dict[str, SiteAdapter]:
-        """The parts of one adapter by module path, in model order."""
+    def parts(self, name: str) -> dict[str, Part]:
+        """What one adapter has at each place, by module path, in model order."""
         self._require(name)
-        return {path: site.adapter(name) for path, site in self._installation.sites.items() if site.has(name)}
+        return self._installation.parts(name)
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by path."""
         return {
             f"{path}.{key}": p
-            for path, part in self.sites(name).items()
+            for path, part in self.parts(name).items()
             for key, p in part.named_parameters()
         }
 
@@ -126,9 +120,10 @@ class AdapterSet:
             )
         self._require_attached()
         with merging.without_merges(self._installation.sites.values()):
-            placements = resolve(self.model, config).placements
+            placements = resolve(self.model, config, sites=self._installation.sites).placements
             kept = torch.float32 if dtype == "float32" else None
             parts = {placement.path: placement.build(kept) for placement in placements}
+            config.link(parts)
         self._installation.install(name, parts)
         self._configs[name] = config
         self._commit(self._state)
@@ -163,9 +158,15 @@ class AdapterSet:
 
     # State.
 
-    def activate(self, names: str | Iterable[str]) -> None:
-        """Apply exactly these adapters; `[]` for none. Their changes are summed."""
-        self._commit(replace(self._state, active=self._known(names)))
+    def activate(self, names: str | Iterable[str], how: Composition = "sum") -> None:
+        """Apply exactly these adapters; `[]` for none.
+
+        Their changes are summed, or with `how="stack"` each adapter takes what the ones before it give, as a
+        task adapter upon a language adapter.
+        """
+        if how not in ("sum", "stack"):
+            raise AdapterError(f"how={how!r} is no way to apply adapters.", fix="Use 'sum' or 'stack'.")
+        self._commit(replace(self._state, active=self._known(names), composition=how))
 
     def train_only(self, names: str | Iterable[str]) -> None:
         """Require gradients of exactly these adapters."""
@@ -189,7 +190,7 @@ class AdapterSet:
                 meaning="" if not rows else "A merged adapter acts on every row.",
                 fix="Give one name per row." if not rows else "First adapters.unmerge().",
             )
-        return routed(self.model, rows, self._installation.sites.values())
+        return routed(self.model, rows, [place for _, place in self._installation.places])
 
     # Merging.
 
@@ -214,6 +215,7 @@ class AdapterSet:
         if names == self.merged:
             return
         self._require_unrouted()
+        merging.refuse_gates(self._installation.gates, names)
         merging.set_merged(self._installation.sites, names)
         self._commit(replace(self._state, merged=names))
         self._keep_tying_honest()
@@ -244,7 +246,7 @@ class AdapterSet:
     # One way to change anything.
 
     def _commit(self, state: State) -> None:
-        self._installation.show(state.applied, is_enabled=state.is_enabled)
+        self._installation.show(state.applied, state.composition, is_enabled=state.is_enabled)
         self._installation.train(state.trainable)
         self._state = state
 
@@ -272,7 +274,7 @@ class AdapterSet:
         self._require_unrouted()
 
     def _require_unrouted(self) -> None:
-        if any(site.route is not None for site in self._installation.sites.values()):
+        if any(place.route is not None for _, place in self._installation.places):
             raise AdapterError(
                 "Rows are routed to adapters at the moment.",
                 meaning="What exists and what is merged must stay while a routed() block lasts.",

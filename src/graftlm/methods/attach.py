@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from graftlm.methods.adapter_set import ATTRIBUTE, AdapterSet, ParameterType, Storage
+from graftlm.methods.adapter_set import ATTRIBUTE, AdapterSet, ParameterType
 from graftlm.methods.base import MethodConfig
+from graftlm.methods.storage import Storage
 
 
 def attach(

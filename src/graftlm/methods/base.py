@@ -1,13 +1,13 @@
-"""What a method is: a frozen config that can make one adapter for one layer.
+"""What a method is: a frozen config that says where an adapter goes, and makes its part for each place.
 
-`SiteAdapter` is the contract of everything that lives at a site. Most methods derive from `LayerAdapter` and
-fill in `pre`, `post` and `merged`; none of them knows of other adapters, of quantisation, saving or training.
+`Part` is what one adapter has at one place of the model. Most methods derive from `LayerAdapter` and fill in
+`pre`, `post` and `merged`; none of them knows of other adapters, of quantisation, saving or training.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,18 +39,21 @@ class Layer:
         return next(self.module.parameters()).device
 
 
-class SiteAdapter(nn.Module, ABC):
-    """One adapter at one site. `forward` receives the base layer and its input, and returns the output."""
-
-    is_additive: ClassVar[bool] = False
-    """True if the output is the base's output plus something that depends on the input alone; such adapters
-    can be chained without evaluating the base layer again."""
+class Part(nn.Module, ABC):
+    """What one adapter has at one place of the model."""
 
     output_side: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters next to the output, which LoRA+ trains faster (arXiv 2402.12354)."""
 
-    @abstractmethod
-    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any: ...
+    def saved(self) -> dict[str, Tensor]:
+        """What a file holds of this part, by name: its parameters, unless a method stores plainer ones."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `saved`, for the names that are given."""
+        for name, tensor in tensors.items():
+            self.get_parameter(name).copy_(tensor)
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         """The parameters of the base layer that change, with this adapter folded in.
@@ -63,6 +66,17 @@ class SiteAdapter(nn.Module, ABC):
             meaning="It is not a change of the layer's weights.",
             fix="Serve it unmerged.",
         )
+
+
+class SiteAdapter(Part):
+    """A part at one layer. `forward` receives the base layer and its input, and returns the output."""
+
+    is_additive: ClassVar[bool] = False
+    """True if the output is the base's output plus something that depends on the input alone; the changes of
+    several such adapters are then summed by applying one after the other."""
+
+    @abstractmethod
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class LayerAdapter(SiteAdapter):
@@ -81,48 +95,42 @@ class LayerAdapter(SiteAdapter):
         return self.post(x, base(x, *args, **kwargs))
 
 
+class ModelAdapter(Part):
+    """A part that acts on what a whole stack of layers reads: its input tokens or its attention cache."""
+
+
+Maker = Callable[[Layer], Part]
+"""Makes the part of an adapter for one place, initialised."""
+
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 
-class MethodConfig(Config):
-    """Fields that every method on layers shares, with PEFT's names and meanings."""
+class MethodConfig(Config, ABC):
+    """What every method shares, with PEFT's names and meanings."""
 
     peft_type: ClassVar[str]
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Where the adapter goes: a role (`all-linear`, `attention`, `mlp`), a list of roles and of module names
-    or endings of them, or one regular expression for the whole path."""
-    exclude_modules: str | tuple[str, ...] | None = None
-    """Same grammar; wins over `target_modules`."""
-    layers_to_transform: int | tuple[int, ...] | None = None
-    """Only these layers, counted from 0."""
-    layers_pattern: str | tuple[str, ...] | None = None
-    """Name of the list of layers, for models where the first number of a path is something else."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules of which a full copy is trained and saved with the adapter, such as a new head."""
     task_type: TaskType | None = None
     """PEFT's name of the task, written to the adapter's file."""
 
-    @field_validator("target_modules", "exclude_modules", "modules_to_save", mode="before")
+    @field_validator("modules_to_save", mode="before")
     @classmethod
-    def _sets_are_sorted(cls, value: Any) -> Any:
+    def _saved_sets_are_sorted(cls, value: Any) -> Any:
         return tuple(sorted(value)) if isinstance(value, set | frozenset) else value
 
-    @field_validator("target_modules")
-    @classmethod
-    def _not_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value or any(not name for name in value):
-            raise ValueError("names no module; use 'all-linear', a role, or module names")
-        return value
-
     @abstractmethod
-    def supports(self, module: nn.Module) -> bool:
-        """Whether this method can adapt a module of this kind."""
+    def places(self, model: nn.Module) -> Mapping[str, Maker]:
+        """Where parts go, by module path, and what makes them. Pure.
 
-    @abstractmethod
-    def build(self, layer: Layer) -> SiteAdapter:
-        """One adapter for one layer, initialised."""
+        Raises:
+            TargetError: everything that does not resolve, at once.
+        """
 
-    def extra(self, model: nn.Module, chosen: Sequence[str]) -> dict[str, Any]:
-        """Further sites beside the `chosen` ones: path to a function that makes the adapter there."""
-        return {}
+    def link(self, parts: Mapping[str, Part]) -> None:
+        """Called once, when the parts of one adapter were made: introduce those that work together."""
+
+    def portable(self) -> MethodConfig:
+        """The config of what `Part.saved` gives; differs where a file is plainer than training."""
+        return self

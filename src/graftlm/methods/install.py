@@ -1,50 +1,64 @@
-"""Putting sites into a model and taking them out again, to the very same objects and flags."""
+"""Putting adapters into a model and taking them out again, to the very same objects and flags."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from graftlm.methods.base import SiteAdapter
+from graftlm.methods.base import ModelAdapter, Part, SiteAdapter
+from graftlm.methods.gate import Gate
+from graftlm.methods.place import Composition, Place
 from graftlm.methods.site import Site
 
 
 class Installation:
-    """The sites of one model by the path of the module that each of them wraps, in model order."""
+    """The places of one model by the path of the module that each stands at: sites, and gates of stacks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.sites: dict[str, Site] = {}
+        self.gates: dict[str, Gate] = {}
         self._holders = _holders(model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._trained: frozenset[str] = frozenset()
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
 
-    def install(self, name: str, parts: Mapping[str, SiteAdapter]) -> None:
-        """Put every part at its path; a site is made where there is none yet."""
+    @property
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Every gate and every site by path."""
+        yield from self.gates.items()
+        yield from self.sites.items()
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """The parts of one adapter by path: gates first, then sites in model order."""
+        return {path: place.adapter(name) for path, place in self.places if place.has(name)}
+
+    def install(self, name: str, parts: Mapping[str, Part]) -> None:
+        """Put every part at its path, frozen; a place is made where there is none yet."""
         for path, part in parts.items():
-            if path not in self.sites:
-                module = self.model.get_submodule(path)
-                self.sites[path] = Site(module)
-                self._place(path, self.sites[path])
-            self.sites[path].put(name, part)
+            part.requires_grad_(False)
+            if isinstance(part, ModelAdapter):
+                self._gate(path).put(name, part)
+            else:
+                assert isinstance(part, SiteAdapter)
+                self._site(path).put(name, part)
         self.sites = {path: self.sites[path] for path in self._holders if path in self.sites}
 
     def remove(self, name: str) -> None:
-        """The inverse of `install`; sites without any adapter leave the model."""
-        for path, site in list(self.sites.items()):
-            if site.has(name):
-                site.drop(name)
-            if site.is_empty:
-                self._place(path, site.base_layer)
-                del self.sites[path]
+        """The inverse of `install`; places without any adapter leave the model."""
+        for path, place in list(self.places):
+            if place.has(name):
+                place.drop(name)
+            if place.is_empty:
+                self._clear(path, place)
+        self._trained -= {name}
 
     def uninstall(self) -> None:
         """Every original module object back in its place, every flag as it was."""
-        for path, site in self.sites.items():
-            self._place(path, site.base_layer)
-        self.sites = {}
+        for path, place in list(self.places):
+            self._clear(path, place)
         for parameter, required_grad in self._flags:
             parameter.requires_grad_(required_grad)
 
@@ -56,18 +70,39 @@ class Installation:
                 self._flags.append((site.base_layer.get_parameter(key), flags[id(original)]))
             site.originals = {}
 
-    def show(self, names: tuple[str, ...], *, is_enabled: bool) -> None:
-        """Let every site apply those of `names` that it has; no routing either unless `is_enabled`."""
-        for site in self.sites.values():
-            site.shown = tuple(name for name in names if site.has(name))
-            site.is_enabled = is_enabled
+    def show(self, names: tuple[str, ...], composition: Composition, *, is_enabled: bool) -> None:
+        """Let every place apply those of `names` that it has; no routing either unless `is_enabled`."""
+        for _, place in self.places:
+            place.shown = tuple(name for name in names if place.has(name))
+            place.composition = composition
+            place.is_enabled = is_enabled
 
     def train(self, names: Iterable[str]) -> None:
         """Require gradients of exactly the parts of these adapters."""
-        trained = set(names)
-        for site in self.sites.values():
-            for name in site.names:
-                site.adapter(name).requires_grad_(name in trained)
+        wanted = frozenset(names)
+        for name in wanted ^ self._trained:
+            for part in self.parts(name).values():
+                part.requires_grad_(name in wanted)
+        self._trained = wanted
+
+    def _site(self, path: str) -> Site:
+        if path not in self.sites:
+            self.sites[path] = Site(self.model.get_submodule(path))
+            self._place(path, self.sites[path])
+        return self.sites[path]
+
+    def _gate(self, path: str) -> Gate:
+        if path not in self.gates:
+            self.gates[path] = Gate(self.model, path)
+            self.gates[path].install()
+        return self.gates[path]
+
+    def _clear(self, path: str, place: Place) -> None:
+        if isinstance(place, Site):
+            self._place(path, place.base_layer)
+            del self.sites[path]
+        else:
+            self.gates.pop(path).uninstall()
 
     def _place(self, path: str, module: nn.Module) -> None:
         for parent, leaf in self._holders[path]:

@@ -6,7 +6,7 @@ y = W x + s B A x        s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 23
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.kernels.ops import low_rank_add
-from graftlm.methods.base import Dense, Layer, LayerAdapter, MethodConfig, SiteAdapter
+from graftlm.methods.base import Dense, Layer, LayerAdapter, Maker, SiteAdapter
 from graftlm.methods.bias import BiasShift, has_bias
 from graftlm.methods.families import is_linear
+from graftlm.methods.layer_config import LayerConfig
 from graftlm.methods.site import base_modules
 
 Init = Literal["kaiming", "gaussian", "random"]
 
 
-class LoraConfig(MethodConfig):
+class LoraConfig(LayerConfig):
     """LoRA on linear layers, GPT-2's Conv1D and embeddings.
 
     >>> LoraConfig(r=8, lora_alpha=16).scaling
@@ -68,7 +69,7 @@ class LoraConfig(MethodConfig):
             columns, rows, r=self.r, scaling=self.scaling, dropout=self.lora_dropout, init=init, bias=bias
         )
 
-    def extra(self, model: nn.Module, chosen: Sequence[str]) -> dict[str, Callable[[Layer], SiteAdapter]]:
+    def extra(self, model: nn.Module, chosen: Sequence[str]) -> Mapping[str, Maker]:
         if self.bias != "all":
             return {}
         return {

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import MergeError
 from graftlm.methods.base import Dense
+from graftlm.methods.gate import Gate
 from graftlm.methods.site import Site
 from graftlm.quant.weights import WeightHandle
+
+
+def refuse_gates(gates: Mapping[str, Gate], names: Iterable[str]) -> None:
+    """What acts on the input or the cache is no change of weights.
+
+    Raises:
+        MergeError: one of the adapters `names` stands at a gate.
+    """
+    for gate in gates.values():
+        for name in names:
+            if gate.has(name):
+                gate.adapter(name).merged({})
 
 
 def set_merged(sites: Mapping[str, Site], names: Sequence[str]) -> None:

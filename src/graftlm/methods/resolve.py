@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,28 +11,28 @@ from torch import nn
 
 from graftlm.core.errors import AdapterError
 from graftlm.methods import targets
-from graftlm.methods.base import Layer, MethodConfig, SiteAdapter
+from graftlm.methods.base import Layer, Maker, MethodConfig, ModelAdapter, Part
 from graftlm.methods.copies import FullCopy
-from graftlm.methods.site import Site, base_modules
-
-Maker = Callable[[Layer], SiteAdapter]
+from graftlm.methods.site import base_modules
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One adapter to be made at one layer."""
+    """One part to be made at one place."""
 
     layer: Layer
     parameters: int
     """Trainable numbers that it adds."""
+    is_of_stack: bool
+    """It acts on a whole stack of layers and leaves the modules inside alone."""
     make: Maker = field(repr=False)
 
     @property
     def path(self) -> str:
         return self.layer.path
 
-    def build(self, dtype: torch.dtype | None = torch.float32) -> SiteAdapter:
-        """The adapter itself, with memory, on the base layer's device; None for the base layer's dtype."""
+    def build(self, dtype: torch.dtype | None = torch.float32) -> Part:
+        """The part itself, with memory, on the base layer's device; None for the base layer's dtype."""
         reference = next(self.layer.module.parameters())
         return self.make(self.layer).to(reference.device, dtype or reference.dtype)
 
@@ -59,8 +59,10 @@ class Resolution:
         return 4 * self.parameters
 
 
-def resolve(model: nn.Module, config: MethodConfig) -> Resolution:
+def resolve(model: nn.Module, config: MethodConfig, *, sites: Collection[str] = ()) -> Resolution:
     """What attaching `config` to `model` would do. Pure: no change, no memory for adapters.
+
+    `sites` are the paths at which other adapters stand already.
 
     Raises:
         TargetError: targets match nothing, or nothing that can be adapted; all problems at once.
@@ -73,14 +75,14 @@ def resolve(model: nn.Module, config: MethodConfig) -> Resolution:
     (('0',), 20)
     """
     modules = base_modules(model)
-    chosen = targets.select(model, config)
     copied = targets.named(model, config.modules_to_save or (), "modules_to_save")
-    makers: dict[str, Maker] = {path: config.build for path in chosen if not _is_inside(path, copied)}
-    makers |= {p: m for p, m in config.extra(model, chosen).items() if not _is_inside(p, copied)}
+    makers: dict[str, Maker] = {
+        path: maker for path, maker in config.places(model).items() if not _is_inside(path, copied)
+    }
     makers |= dict.fromkeys(copied, _copy)
-    paths = [path for path in modules if path in makers]
-    _refuse_nesting(model, paths)
-    return Resolution(config, tuple(_place(Layer(path, modules[path]), makers[path]) for path in paths))
+    placements = tuple(_place(Layer(path, modules[path]), makers[path]) for path in modules if path in makers)
+    _refuse_nesting(placements, sites)
+    return Resolution(config, placements)
 
 
 def _place(layer: Layer, make: Maker) -> Placement:
@@ -90,11 +92,12 @@ def _place(layer: Layer, make: Maker) -> Placement:
         for p in layer.module.parameters()
     }
     with torch.device("meta"):
-        adapter = make(Layer(layer.path, copy.deepcopy(layer.module, stand_ins)))
-    return Placement(layer, sum(p.numel() for p in adapter.parameters()), make)
+        part = make(Layer(layer.path, copy.deepcopy(layer.module, stand_ins)))
+    count = sum(p.numel() for p in part.parameters())
+    return Placement(layer, count, isinstance(part, ModelAdapter), make)
 
 
-def _copy(layer: Layer) -> SiteAdapter:
+def _copy(layer: Layer) -> Part:
     return FullCopy(layer.module)
 
 
@@ -102,12 +105,12 @@ def _is_inside(path: str, others: list[str]) -> bool:
     return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
-def _refuse_nesting(model: nn.Module, paths: list[str]) -> None:
+def _refuse_nesting(placements: Sequence[Placement], existing: Collection[str]) -> None:
     """A site of one adapter inside the full copy of another would be bypassed where the copy answers."""
-    existing = [path for path, module in model.named_modules() if isinstance(module, Site)]
-    known = [*existing, *paths]
-    nested = [(p, other) for p in paths for other in known if p.startswith(f"{other}.")]
-    nested += [(p, other) for p in existing for other in paths if p.startswith(f"{other}.")]
+    paths = [placement.path for placement in placements if not placement.is_of_stack]
+    mine = set(paths)
+    nested = [(p, outer) for p in paths for outer in _parents(p) if outer in mine or outer in existing]
+    nested += [(p, outer) for p in existing for outer in _parents(p) if outer in mine]
     if nested:
         raise AdapterError(
             "Some targets lie inside others.",
@@ -115,3 +118,8 @@ def _refuse_nesting(model: nn.Module, paths: list[str]) -> None:
             meaning="A module that one adapter copies whole cannot be adapted layer by layer by another.",
             fix="Take the outer module out of modules_to_save, or exclude the inner one.",
         )
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

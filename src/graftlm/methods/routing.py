@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.errors import AdapterError
-from graftlm.methods.site import Route, Site
+from graftlm.methods.place import Place, Route
 
 
 class Router:
     """Sends row i of every batch to the adapter `rows[i]`; only `generate` may repeat rows, for beams."""
 
-    def __init__(self, rows: Sequence[str | None], sites: Iterable[Site]) -> None:
+    def __init__(self, rows: Sequence[str | None], places: Iterable[Place]) -> None:
         self.rows = tuple(rows)
-        self.sites = tuple(sites)
+        self.places = tuple(places)
         self.is_generating = False
 
     def show(self, batch: int) -> None:
-        """Tell every site which rows of a batch of this size belong to whom."""
+        """Tell every place which rows of a batch of this size belong to whom."""
         repeats, rest = divmod(batch, len(self.rows))
         if rest or repeats == 0 or (repeats > 1 and not self.is_generating):
             raise AdapterError(
@@ -39,13 +39,13 @@ class Router:
             },
             batch,
         )
-        for site in self.sites:
-            site.route = route
+        for place in self.places:
+            place.route = route
 
     def hide(self) -> None:
         """The inverse of `show`."""
-        for site in self.sites:
-            site.route = None
+        for place in self.places:
+            place.route = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook: batches may differ in size between calls."""
@@ -76,9 +76,9 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def routed(model: nn.Module, rows: Sequence[str | None], sites: Iterable[Site]) -> Iterator[None]:
+def routed(model: nn.Module, rows: Sequence[str | None], places: Iterable[Place]) -> Iterator[None]:
     """Route rows for the length of the block; everything is as before afterwards, also after an error."""
-    router = Router(rows, sites)
+    router = Router(rows, places)
     hook = model.register_forward_pre_hook(router.before_forward, with_kwargs=True)
     generate = getattr(model, "generate", None)
     is_own = "generate" in vars(model)

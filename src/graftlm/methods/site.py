@@ -2,86 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
 from graftlm.methods.base import LayerAdapter, SiteAdapter
+from graftlm.methods.place import Place, Route
 from graftlm.quant.weights import WeightHandle
 
 
-@dataclass(frozen=True)
-class Route:
-    """Which rows of a batch go to which adapter. `None` is the base; `batch` counts all rows."""
-
-    rows: Mapping[str | None, Tensor]
-    batch: int
-
-
-class Site(nn.Module):
-    """A base layer, the adapters that exist there by name, and a read-only view of the current state.
-
-    The state (`shown`, `route`, `is_enabled`) is only ever written by the `AdapterSet` that owns the site.
-    """
+class Site(Place):
+    """A base layer and the adapters that exist there by name."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.shown: tuple[str, ...] = ()
-        self.route: Route | None = None
-        self.is_enabled = True
         self.originals: dict[str, nn.Parameter] = {}
         self.train(base_layer.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.route is not None and self.is_enabled:
             return self._routed(self.route, x, *args, **kwargs)
-        return self._summed([self.adapter(name) for name in self.shown], x, *args, **kwargs)
+        adapters = [self.adapter(name) for name in self.shown]
+        if len(adapters) == 1:
+            return adapters[0](self.base_layer, x, *args, **kwargs)
+        compose = self._summed if self.composition == "sum" else self._stacked
+        return compose(adapters, x, *args, **kwargs)
 
     def adapter(self, name: str) -> SiteAdapter:
-        """The adapter of that name at this site."""
-        found = self.adapters[_key(name)]
+        """The part of the adapter of that name."""
+        found = super().adapter(name)
         assert isinstance(found, SiteAdapter)
         return found
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every adapter that exists here."""
-        return tuple(_name(key) for key in self.adapters)
-
-    def has(self, name: str) -> bool:
-        """Whether an adapter of that name exists here."""
-        return _key(name) in self.adapters
-
-    def put(self, name: str, adapter: SiteAdapter) -> None:
-        """Add an adapter; it is not applied before the owner shows it."""
-        self.adapters[_key(name)] = adapter.train(self.training)
-
-    def drop(self, name: str) -> None:
-        """The inverse of `put`."""
-        del self.adapters[_key(name)]
-
-    @property
-    def is_empty(self) -> bool:
-        """No adapter is left here."""
-        return len(self.adapters) == 0
-
     def _summed(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Base output plus the change of each adapter, so that their order never matters."""
-        if len(adapters) == 1:
-            return adapters[0](self.base_layer, x, *args, **kwargs)
         base = total = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            if _is_additive(adapter):
-                total = adapter.post(x, total)
+            if _acts_on_output(adapter):
+                own = adapter.post(x, total if adapter.is_additive else base)
+                total = own if adapter.is_additive else total + (own - base)
             else:
                 total = total + (adapter(self.base_layer, x, *args, **kwargs) - base)
         return total
+
+    def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Each adapter takes the layer as the ones before it left it."""
+        layer: Callable[..., Any] = self.base_layer
+        for adapter in adapters:
+            layer = _Adapted(adapter, layer)
+        return layer(x, *args, **kwargs)
 
     def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows_per_item = self._rows_per_item(route, x)
@@ -95,10 +69,11 @@ class Site(nn.Module):
                     index[:, None] * rows_per_item + torch.arange(rows_per_item, device=x.device)
                 ).flatten()
             adapter, own = self.adapter(name), x.index_select(0, index)
-            if _is_additive(adapter):
+            if _acts_on_output(adapter):
                 part = adapter.post(own, output.index_select(0, index))
             else:
-                part = adapter(self.base_layer, own, *args, **kwargs)
+                own_args, own_kwargs = _rows_of((args, kwargs), index, len(x))
+                part = adapter(self.base_layer, own, *own_args, **own_kwargs)
             output = output.index_copy(0, index, part)
         return output
 
@@ -142,31 +117,49 @@ class Site(nn.Module):
         return WeightHandle(self.base_layer).shape[0]
 
 
+class _Adapted:
+    """A layer with one adapter on it, as the base of the next."""
+
+    def __init__(self, adapter: SiteAdapter, layer: Callable[..., Any]) -> None:
+        self.adapter, self.layer = adapter, layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter(self.layer, x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Weights and other facts of the layer below."""
+        return getattr(self.layer, name)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by the path it has without adapters; sites are looked through."""
-    found: dict[str, nn.Module] = {}
-    inside_site = ""
-    for path, module in model.named_modules():
-        if inside_site and path.startswith(inside_site):
-            continue
-        if isinstance(module, Site):
-            inside_site = f"{path}."
-            found.update({f"{path}.{name}".rstrip("."): m for name, m in module.base_layer.named_modules()})
-        else:
-            found[path] = module
-    return found
+    seen: set[int] = set()
+    return dict(_walk(model, "", seen))
 
 
-def _is_additive(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
-    """Whether the adapter can act on an existing output, without another call of the base layer."""
-    return isinstance(adapter, LayerAdapter) and adapter.is_additive
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Like `named_modules`, but never into adapters, of which there may be many."""
+    if isinstance(module, Site):
+        module = module.base_layer
+    if id(module) in seen or isinstance(module, Place):
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
-def _key(name: str) -> str:
-    """`nn.ModuleDict` takes neither dots nor names of its own methods; `@` keeps clear of both."""
-    return "@" + name.replace(".", "%2E")
+def _acts_on_output(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
+    """Whether the adapter leaves the base's input alone, so that one output of the base serves several."""
+    return isinstance(adapter, LayerAdapter) and type(adapter).pre is LayerAdapter.pre
 
 
-def _name(key: str) -> str:
-    """The inverse of `_key`."""
-    return key[1:].replace("%2E", ".")
+def _rows_of(arguments: Any, index: Tensor, rows: int) -> Any:
+    """Arguments that go with the rows of the input are chosen with them; what all rows share stays whole."""
+
+    def chosen(value: Any) -> Any:
+        goes_along = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+        return value.index_select(0, index) if goes_along else value
+
+    return tree_map(chosen, arguments)

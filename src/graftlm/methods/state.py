@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from graftlm.core.errors import AdapterError
+from graftlm.methods.place import Composition
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class State:
-    """Three independent facts about each adapter, and whether unmerged ones are applied at all."""
+    """Which adapters are active, trainable, merged; how active ones act together, and whether at all."""
 
     active: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    composition: Composition = "sum"
     is_enabled: bool = True
 
     @property

@@ -9,16 +9,30 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from torch import nn
 
 from graftlm.core.errors import TargetError
-from graftlm.methods.base import MethodConfig
 from graftlm.methods.families import ROLES, roles_of
 from graftlm.methods.site import base_modules
 
 
-def select(model: nn.Module, config: MethodConfig) -> list[str]:
+class Targeting(Protocol):
+    """The fields of a config that say which layers are meant."""
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]: ...
+    @property
+    def exclude_modules(self) -> str | tuple[str, ...] | None: ...
+    @property
+    def layers_to_transform(self) -> int | tuple[int, ...] | None: ...
+    @property
+    def layers_pattern(self) -> str | tuple[str, ...] | None: ...
+    def supports(self, module: nn.Module) -> bool: ...
+
+
+def select(model: nn.Module, config: Targeting) -> list[str]:
     """Paths of the modules that `config` targets, in model order.
 
     Raises:
@@ -129,7 +143,7 @@ def _supported(
     return good
 
 
-def _of_layers(chosen: list[str], config: MethodConfig, problems: list[str]) -> list[str]:
+def _of_layers(chosen: list[str], config: Targeting, problems: list[str]) -> list[str]:
     if config.layers_to_transform is None:
         if config.layers_pattern is not None:
             problems.append("layers_pattern needs layers_to_transform")
@@ -157,7 +171,7 @@ def _near(name: str, modules: Mapping[str, nn.Module]) -> str:
     return f"; near misses: {', '.join(map(repr, near))}" if near else ""
 
 
-def _names(modules: Mapping[str, nn.Module], config: MethodConfig) -> str:
+def _names(modules: Mapping[str, nn.Module], config: Targeting) -> str:
     leaves = dict.fromkeys(
         path.rpartition(".")[2] for path, module in modules.items() if config.supports(module)
     )

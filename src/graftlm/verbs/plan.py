@@ -93,7 +93,7 @@ def make_plan(
 def site_groups(model: nn.Module, adapters: AdapterSet) -> tuple[SiteGroup, ...]:
     """Adapted modules of the same role and shape, counted: 28 x `self_attn.q_proj`, for instance."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for path, part in adapters.sites(adapters.trainable[0]).items():
+    for path, part in adapters.parts(adapters.trainable[0]).items():
         site = model.get_submodule(path)
         assert isinstance(site, Site)
         role = re.sub(r"^.*?\d+\.", "", path)

@@ -198,7 +198,7 @@ class Tuning:
             callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
             stop=self.stop,
             lora_b=[
-                f"{path}.{key}" for path, part in adapters.sites(NAME).items() for key in part.output_side
+                f"{path}.{key}" for path, part in adapters.parts(NAME).items() for key in part.output_side
             ],
         )
         return result
