@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from graftlm.api import tune as tune
     from graftlm.core.errors import GraftError as GraftError
     from graftlm.methods.adapter_set import AdapterSet as AdapterSet
+    from graftlm.methods.full import FullConfig as FullConfig
     from graftlm.methods.lora import LoraConfig as LoraConfig
     from graftlm.models.load import load_model as load_model
     from graftlm.training.recipe import Recipe as Recipe
@@ -36,6 +37,7 @@ _HOMES = {
     ),
     "GraftError": "graftlm.core.errors",
     "AdapterSet": "graftlm.methods.adapter_set",
+    "FullConfig": "graftlm.methods.full",
     "LoraConfig": "graftlm.methods.lora",
     "load_model": "graftlm.models.load",
     "Recipe": "graftlm.training.recipe",

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, clean_key, tensor_key
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.copies import FullCopy
 from graftlm.methods.site import base_modules
-from graftlm.methods.targets import named
 
 CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 SCHEMA = 1
@@ -42,8 +42,7 @@ class Folder:
                 f"{directory} already holds an adapter.", fix="Choose another folder, or remove this one."
             )
         _require_folder(directory)
-        copied = [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)]
-        base = identify(adapters.model, without=copied)
+        base = identify(adapters.model, without=_copied(adapters, name))
         tensors = adapter_tensors(adapters, name)
         write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
         write_atomic(directory / EXTRA, _json({"schema": SCHEMA, "base": base.as_dict()}))
@@ -53,16 +52,20 @@ class Folder:
         """Read the adapter in `directory` as `name`, inactive and frozen; on any error nothing is added."""
         content, tensors = read_folder(directory)
         config = peft_config.from_json(content, tensors, str(directory / CONFIG))
-        copied = named(adapters.model, config.modules_to_save or (), "modules_to_save")
-        _check_base(adapters.model, directory, copied, strict=strict)
         adapters.add(name, config)
         with ExitStack() as undo:
             undo.callback(adapters.delete, name)
+            _check_base(adapters.model, directory, _copied(adapters, name), strict=strict)
             _fill(adapters, name, tensors, str(directory / TENSORS), strict=strict)
             undo.pop_all()
 
 
 FOLDER = Folder()
+
+
+def _copied(adapters: AdapterSet, name: str) -> list[str]:
+    """The modules that the adapter answers for itself, whatever the base has there."""
+    return [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)]
 
 
 def _require_folder(directory: Path) -> None:
@@ -73,16 +76,35 @@ def _require_folder(directory: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of one part: where the part stands, its name there, the tensor."""
+
+    path: str
+    name: str
+    tensor: Tensor
+
+
+def _held(adapters: AdapterSet, name: str) -> dict[str, _Held]:
+    """What a file of this adapter holds, by key; a parameter that stands at two places (tied) comes once."""
+    found: dict[str, _Held] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for path, part in adapters.parts(name).items():
+        for key, tensor in part.saved().items():
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in seen or not tensor.numel():
+                found[tensor_key(path, part, key)] = _Held(path, key, tensor)
+            seen.add(place)
+    return found
+
+
 def adapter_tensors(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter under PEFT's keys, contiguous, on the CPU, sorted by key.
 
     Raises:
         FormatError: a tensor is empty (sharded away) or not finite.
     """
-    found: dict[str, Tensor] = {}
-    for path, part in adapters.parts(name).items():
-        for key, tensor in part.saved().items():
-            found[tensor_key(path, part, key)] = tensor.cpu().contiguous()
+    found = {key: held.tensor.cpu().contiguous() for key, held in _held(adapters, name).items()}
     bad = [key for key, tensor in found.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
     if bad:
         raise FormatError(
@@ -170,16 +192,12 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
 
 def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:
     parts = adapters.parts(name)
-    wanted = {
-        tensor_key(path, part, key): (path, key, tensor.shape)
-        for path, part in parts.items()
-        for key, tensor in part.saved().items()
-    }
+    wanted = _held(adapters, name)
     problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]
     for key in sorted(tensors.keys() - wanted.keys()):
         problems += _unexpected(adapters.model, key, tensors[key])
     for key in sorted(wanted.keys() & tensors.keys()):
-        shape = wanted[key][2]
+        shape = wanted[key].tensor.shape
         if shape != tensors[key].shape:
             problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(shape)}")
             del wanted[key]
@@ -197,8 +215,7 @@ def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: s
         warnings.warn(f"{source}: not applied: {'; '.join(problems)}", stacklevel=5)
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(wanted.keys() & tensors.keys()):
-        path, name_in_part, _ = wanted[key]
-        found.setdefault(path, {})[name_in_part] = tensors[key]
+        found.setdefault(wanted[key].path, {})[wanted[key].name] = tensors[key]
     for path, own in found.items():
         parts[path].load_saved(own)
 

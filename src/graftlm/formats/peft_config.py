@@ -14,12 +14,11 @@ from graftlm.core.errors import ConfigError, FormatError
 from graftlm.formats.peft_keys import copied_paths, target_path
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.copies import FullCopy
 from graftlm.methods.families import ROLES
 from graftlm.methods.layer_config import LayerConfig
 from graftlm.methods.site import base_modules
 from graftlm.methods.table import method
-from graftlm.methods.targets import select
+from graftlm.methods.targets import named, select
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 8}}
 """What PEFT means where a file leaves a field out, as far as it differs from our defaults."""
@@ -66,7 +65,7 @@ def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "modules_to_save": _copied(adapters, name),
+        "modules_to_save": _copied(adapters.model, config),
         "peft_type": config.peft_type,
         "revision": None,
     }
@@ -79,9 +78,9 @@ def to_json(adapters: AdapterSet, name: str, base_name: str) -> dict[str, Any]:
     return fields
 
 
-def _copied(adapters: AdapterSet, name: str) -> list[str] | None:
+def _copied(model: nn.Module, config: MethodConfig) -> list[str] | None:
     """Full paths: PEFT takes a name for the ending of any path, without a dot before it."""
-    return [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)] or None
+    return named(model, config.modules_to_save or (), "modules_to_save") or None
 
 
 def _uses_roles(config: LayerConfig) -> bool:

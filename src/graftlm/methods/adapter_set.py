@@ -82,12 +82,12 @@ class AdapterSet:
         return self._installation.parts(name)
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters by path."""
-        return {
-            f"{path}.{key}": p
-            for path, part in self.parts(name).items()
-            for key, p in part.named_parameters()
-        }
+        """The adapter's own parameters by path; one that stands at two places (tied) comes once."""
+        found: dict[nn.Parameter, str] = {}
+        for path, part in self.parts(name).items():
+            for key, parameter in part.named_parameters():
+                found.setdefault(parameter, f"{path}.{key}")
+        return {key: parameter for parameter, key in found.items()}
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""

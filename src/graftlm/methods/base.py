@@ -115,6 +115,16 @@ class MethodConfig(Config, ABC):
     task_type: TaskType | None = None
     """PEFT's name of the task, written to the adapter's file."""
 
+    @property
+    def rate_scale(self) -> float:
+        """The learning rate that this method wants, as a multiple of LoRA's."""
+        return 1.0
+
+    @property
+    def positions_taken(self) -> int:
+        """Positions of the base's context that the adapter itself occupies."""
+        return 0
+
     @field_validator("modules_to_save", mode="before")
     @classmethod
     def _saved_sets_are_sorted(cls, value: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from graftlm.methods.base import Dense, SiteAdapter
+from graftlm.methods.base import Dense, Part, SiteAdapter
 from graftlm.quant.weights import WeightHandle
 
 
@@ -17,6 +18,7 @@ class FullCopy(SiteAdapter):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        self.copied_from = {name: id(parameter) for name, parameter in base.named_parameters()}
         self.module = copy.deepcopy(base).float()
         for parameter in self.module.parameters():
             parameter.requires_grad_(True)
@@ -28,3 +30,14 @@ class FullCopy(SiteAdapter):
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         return {name: value.to(dense[name].dtype) for name, value in WeightHandle(self.module).read().items()}
+
+
+def keep_ties(parts: Iterable[Part]) -> None:
+    """Copies of one and the same parameter, as of tied embeddings, become one parameter again."""
+    copies: dict[int, nn.Parameter] = {}
+    for part in parts:
+        if isinstance(part, FullCopy):
+            for name, origin in part.copied_from.items():
+                owner, _, leaf = name.rpartition(".")
+                shared = copies.setdefault(origin, part.module.get_parameter(name))
+                setattr(part.module.get_submodule(owner), leaf, shared)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -22,16 +24,18 @@ class Site(Place):
         super().__init__()
         self.base_layer = base_layer
         self.originals: dict[str, nn.Parameter] = {}
+        self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self.train(base_layer.training)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, *rest = args or (kwargs.pop(self._input_name),)  # attention is called by keywords only
         if self.route is not None and self.is_enabled:
-            return self._routed(self.route, x, *args, **kwargs)
+            return self._routed(self.route, x, *rest, **kwargs)
         adapters = [self.adapter(name) for name in self.shown]
         if len(adapters) == 1:
-            return adapters[0](self.base_layer, x, *args, **kwargs)
+            return adapters[0](self.base_layer, x, *rest, **kwargs)
         compose = self._summed if self.composition == "sum" else self._stacked
-        return compose(adapters, x, *args, **kwargs)
+        return compose(adapters, x, *rest, **kwargs)
 
     def adapter(self, name: str) -> SiteAdapter:
         """The part of the adapter of that name."""
@@ -45,9 +49,10 @@ class Site(Place):
         for adapter in adapters:
             if _acts_on_output(adapter):
                 own = adapter.post(x, total if adapter.is_additive else base)
-                total = own if adapter.is_additive else total + (own - base)
             else:
-                total = total + (adapter(self.base_layer, x, *args, **kwargs) - base)
+                own = adapter(self.base_layer, x, *args, **kwargs)
+            is_whole = _acts_on_output(adapter) and adapter.is_additive
+            total = own if is_whole else tree_map(_with_change, total, own, base)
         return total
 
     def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -57,9 +62,9 @@ class Site(Place):
             layer = _Adapted(adapter, layer)
         return layer(x, *args, **kwargs)
 
-    def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows_per_item = self._rows_per_item(route, x)
-        output: Tensor = self.base_layer(x, *args, **kwargs)
+        output = self.base_layer(x, *args, **kwargs)
         for name, rows in route.rows.items():
             if name is None or not self.has(name):
                 continue
@@ -70,11 +75,11 @@ class Site(Place):
                 ).flatten()
             adapter, own = self.adapter(name), x.index_select(0, index)
             if _acts_on_output(adapter):
-                part = adapter.post(own, output.index_select(0, index))
+                part = adapter.post(own, _rows_of(output, index, len(x)))
             else:
                 own_args, own_kwargs = _rows_of((args, kwargs), index, len(x))
                 part = adapter(self.base_layer, own, *own_args, **own_kwargs)
-            output = output.index_copy(0, index, part)
+            output = tree_map(partial(_with_rows, index), output, part)
         return output
 
     def _rows_per_item(self, route: Route, x: Tensor) -> int:
@@ -153,6 +158,16 @@ def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, n
 def _acts_on_output(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
     """Whether the adapter leaves the base's input alone, so that one output of the base serves several."""
     return isinstance(adapter, LayerAdapter) and type(adapter).pre is LayerAdapter.pre
+
+
+def _with_change(total: Any, own: Any, base: Any) -> Any:
+    """One of the base layer's outputs plus what an adapter changes of it."""
+    return total + (own - base) if isinstance(total, Tensor) and total.is_floating_point() else total
+
+
+def _with_rows(index: Tensor, output: Any, part: Any) -> Any:
+    """One of the base layer's outputs with some rows as an adapter gives them."""
+    return output.index_copy(0, index, part) if isinstance(output, Tensor) else output
 
 
 def _rows_of(arguments: Any, index: Tensor, rows: int) -> Any:

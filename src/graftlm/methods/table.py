@@ -7,10 +7,14 @@ from importlib.metadata import entry_points
 
 from graftlm.core.errors import ConfigError
 from graftlm.methods.base import MethodConfig
+from graftlm.methods.full import FullConfig
+from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig
 
 METHODS: Mapping[str, type[MethodConfig]] = {
     "LORA": LoraConfig,
+    "IA3": IA3Config,
+    "FULL": FullConfig,
 }
 
 
