@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from graftlm.core.config import dump_yaml, override
 from graftlm.core.errors import ConfigError
 from graftlm.methods.lora import LoraConfig
+from graftlm.training.method_section import Method
 from graftlm.training.recipe import (
     DataSection,
-    LoraSection,
     ModelSection,
     Recipe,
     TrainSection,
@@ -81,14 +81,14 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     [
         (section, alias, name)
         for section, kind in (
-            ("model", ModelSection), ("data", DataSection), ("method", LoraSection), ("train", TrainSection)
+            ("model", ModelSection), ("data", DataSection), ("method", LoraConfig), ("train", TrainSection)
         )
         for alias, name in kind.aliases.items()
     ],
 )  # fmt: skip
 def test_names_of_other_tools_lead_to_ours(section: str, alias: str, name: str, tmp_path: Path) -> None:
     """Every alias is unknown as such, names a field that exists, and is suggested."""
-    kinds = {"model": ModelSection, "data": DataSection, "method": LoraSection, "train": TrainSection}
+    kinds = {"model": ModelSection, "data": DataSection, "method": LoraConfig, "train": TrainSection}
     assert name in kinds[section].model_fields
     assert alias not in kinds[section].model_fields
     content = {**LEAST, section: {**long_form(LEAST).get(section, {}), alias: 1}}
@@ -102,7 +102,7 @@ def test_names_of_other_tools_lead_to_ours(section: str, alias: str, name: str, 
     [
         ("model.quantization=nf4", "quantised bases are not in this version"),
         ("method.type=qlora", "this method is not in this version"),
-        ("method=ia3", "this method is not in this version"),
+        ("method=lorra", "no such method; did you mean 'lora'"),
         ("task=dpo", "this task is not in this version"),
         ("train.optim=paged_adamw_8bit", "this optimizer is not in this version"),
         ("output.register_as=mine", "the registry is not in this version"),
@@ -124,7 +124,7 @@ def test_overrides() -> None:
         LEAST, ["train.learning_rate=1e-4", "method.target_modules=[q_proj, v_proj]", "output.report_to=none"]
     )
     assert recipe.train.learning_rate == 1e-4, "YAML reads 1e-4 as a string; people mean the number"
-    assert list(recipe.method.target_modules or ()) == ["q_proj", "v_proj"]
+    assert list(recipe.method.config.target_modules or ()) == ["q_proj", "v_proj"]
     assert recipe.output.report_to == ()
     for wrong in ("train", "train.=1", "=1"):
         with pytest.raises(ConfigError, match="Cannot read the override"):
@@ -150,18 +150,12 @@ def test_what_is_written_is_read_back(rate: float, rank: int, steps: int | None,
     import yaml
 
     recipe = Recipe(
-        model=ModelSection(name=path), data=DataSection(path=path), method=LoraSection(r=rank),
+        model=ModelSection(name=path), data=DataSection(path=path), method=Method.parse({"r": rank}),
         train=TrainSection(learning_rate=rate, max_steps=steps),
     )  # fmt: skip
     again = Recipe.model_validate(yaml.safe_load(dump_yaml(recipe)))
     assert again == recipe
     assert dump_yaml(again) == dump_yaml(recipe)
-
-
-def test_the_method_of_a_section() -> None:
-    config = LoraSection(r=8, lora_alpha=16, use_rslora=True).config()
-    assert type(config) is LoraConfig
-    assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16, True)
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
         "tune",
         epilog=examples(
             ("graft tune train.jsonl --model sprout", "the embedded base"),
+            ("graft tune train.jsonl --model sprout --method ia3", "another method"),
             ("graft tune recipe.yaml --set train.learning_rate=1e-4", "one value changed"),
             ("graft tune runs/a --resume", "after an interruption"),
         ),
@@ -60,7 +61,13 @@ def tune(
     model: Model = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="TYPE", help="Type of adapter.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--method",
+            metavar="TYPE",
+            help="lora, dora, ia3, bottleneck, prefix, prompt, adaption_prompt, tokens; or the baselines "
+            "full, biases, norms.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     task: Annotated[
         str | None,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graftlm.core.errors import ModelError
+from graftlm.methods.attach import adapters_of
 
 Finish = Literal["end", "length", "context", "cancelled"]
 Progress = Callable[[int, int], None]
@@ -132,11 +133,16 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many positions the model was made for; None where its config does not say."""
+    """How many positions are there for text; None where the model's config does not say.
+
+    Those that active adapters occupy (prompts and prefixes) do not count.
+    """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text, "max_position_embeddings", None)
-    return int(length) if isinstance(length, int) and length > 0 else None
+    adapters = adapters_of(model)
+    taken = sum(adapters.config(name).positions_taken for name in adapters.active) if adapters else 0
+    return int(length) - taken if isinstance(length, int) and length > 0 else None
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graftlm.core.errors import ConfigError
+from graftlm.methods.base import MethodConfig
 from graftlm.training.recipe import Recipe
 
 REFERENCE_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT = 2e-4, 4096, 0.8
@@ -36,6 +37,11 @@ def fitted_length(recipe: Recipe, context: int | None) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.replace(max_length=context)})
 
 
+def room_beside(method: MethodConfig, context: int | None) -> int | None:
+    """The part of a base's context that an adapter leaves to the text."""
+    return None if context is None else context - method.positions_taken
+
+
 def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Recipe, list[str]]:
     """The recipe with unwritten values filled in, and a sentence for each.
 
@@ -46,7 +52,7 @@ def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Re
     changes: dict[str, Any] = {}
     notes: list[str] = []
     if "learning_rate" not in written:
-        changes["learning_rate"] = rate_for_width(hidden_size)
+        changes["learning_rate"] = rate_for(recipe.method.config, hidden_size)
         notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
     if recipe.data.packing and not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         rows_per_window = max(1.0, recipe.data.max_length * len(lengths) / max(1, sum(lengths)))
@@ -62,6 +68,16 @@ def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Re
         )
     train = recipe.train.replace(**changes)
     return recipe.model_copy(update={"train": train}), notes
+
+
+def rate_for(method: MethodConfig, hidden_size: int) -> float:
+    """Learning rate of a method for a model of this width.
+
+    >>> from graftlm.methods.full import FullConfig
+    >>> rate_for(FullConfig(), 4096)
+    2e-05
+    """
+    return float(f"{rate_for_width(hidden_size) * method.rate_scale:.1e}")
 
 
 def rate_for_width(hidden_size: int) -> float:

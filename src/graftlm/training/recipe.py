@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from graftlm.core.config import Config, build, override, read_yaml
-from graftlm.methods.lora import LoraConfig
+from graftlm.training.method_section import LATER, Method
 
-LATER = "not in this version of Graft"
 SHORT = {"model": "name", "data": "path", "method": "type"}
 """What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
 
@@ -86,34 +85,6 @@ class DataSection(Config):
         ):
             raise ValueError("eval_fraction has no effect beside eval_path; leave one of them out")
         return self
-
-
-class LoraSection(LoraConfig):
-    """LoRA as a recipe spells it: `type` picks the method, the rest are its fields."""
-
-    aliases: ClassVar[Mapping[str, str]] = {
-        "lora_r": "r",
-        "lora_rank": "r",
-        "rank": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "lora_target": "target_modules",
-        "lora_target_modules": "target_modules",
-    }
-
-    type: Literal["lora"] = "lora"
-    """The method."""
-
-    @field_validator("type", mode="before")
-    @classmethod
-    def _only_lora(cls, value: Any) -> Any:
-        if value in ("qlora", "dora", "ia3", "bottleneck", "prefix", "prompt", "full"):
-            raise ValueError(f"this method is {LATER}; available: lora")
-        return value
-
-    def config(self) -> LoraConfig:
-        """The method's own config, without `type`."""
-        return LoraConfig(**self.model_dump(exclude={"type"}))
 
 
 class TrainSection(Config):
@@ -227,7 +198,7 @@ class Recipe(Config):
     model: ModelSection
     data: DataSection
     task: Literal["auto", "sft"] = "auto"
-    method: LoraSection = LoraSection()
+    method: Method = Method.parse("lora")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()

@@ -90,10 +90,10 @@ def evaluate(
     reference = adapter_reference(str(adapter), base)
     recipe = _recipe(reference, str(data))
     model, tokenizer = load_model(reference.base, dtype=recipe.model.dtype)
+    adapters = attach_folder(model, reference.adapter, ADAPTER, storage=FOLDER)
     recipe = fitted_length(recipe, context_length(model))
     examples, _ = read_examples(str(data), recipe.data.format, recipe.data.bad_rows)
     rows = encode(examples[:limit], recipe.data, tokenizer, "evaluation")
-    adapters = attach_folder(model, reference.adapter, ADAPTER, storage=FOLDER)
     names: list[str] = []
     if against is not None:
         adapters.load(adapter_reference(str(against), reference.base).adapter, OTHER)

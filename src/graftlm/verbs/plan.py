@@ -6,12 +6,11 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftlm.data.batches import Batches
 from graftlm.evaluation.report_data import SiteGroup
 from graftlm.methods.adapter_set import AdapterSet
-from graftlm.methods.site import Site
 from graftlm.objectives.sft import SftObjective
 from graftlm.training.memory import RecomputeChoice, activation_bytes, choose_recompute, free_bytes
 from graftlm.training.recipe import Recipe
@@ -68,12 +67,11 @@ def make_plan(
     """The plan of a run whose adapter is attached."""
     trainable, total = adapters.count_parameters()
     weight = next(model.parameters())
-    method = recipe.method
     return Plan(
         base=recipe.model.name,
         device=str(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
-        method=f"{method.type} r={method.r} alpha={method.lora_alpha}",
+        method=recipe.method.summary,
         trainable=trainable,
         total=total,
         sites=site_groups(model, adapters),
@@ -94,10 +92,9 @@ def site_groups(model: nn.Module, adapters: AdapterSet) -> tuple[SiteGroup, ...]
     """Adapted modules of the same role and shape, counted: 28 x `self_attn.q_proj`, for instance."""
     groups: dict[tuple[str, str], list[int]] = {}
     for path, part in adapters.parts(adapters.trainable[0]).items():
-        site = model.get_submodule(path)
-        assert isinstance(site, Site)
-        role = re.sub(r"^.*?\d+\.", "", path)
-        shape = " x ".join(map(str, site.weight.shape))
+        weight = getattr(model.get_submodule(path), "weight", None)
+        role = re.sub(r"^.*?\d+\.", "", path) or "whole model"
+        shape = " x ".join(map(str, weight.shape)) if isinstance(weight, Tensor) else "-"
         groups.setdefault((role, shape), []).append(sum(p.numel() for p in part.parameters()))
     return tuple(SiteGroup(role, len(sizes), shape, sum(sizes)) for (role, shape), sizes in groups.items())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from graftlm.core.errors import MergeError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.models.agreement import Agreement, agreement, logits_on
 
@@ -21,17 +22,23 @@ class Proof:
 
     is_reload_exact: bool
     """The adapter read back from its file gives bit-equal logits."""
-    merge: Agreement
+    merge: Agreement | None
+    """The merged model against the adapter; None where the method is no change of weights."""
     is_unmerge_exact: bool
     """After unmerging, the base gives bit-equal logits."""
+    why_unmerged: str = ""
+    """What the method says instead of merging."""
 
     @property
     def is_good(self) -> bool:
-        return self.is_reload_exact and self.merge.is_same_model and self.is_unmerge_exact
+        is_merge_good = self.merge is None or self.merge.is_same_model
+        return self.is_reload_exact and is_merge_good and self.is_unmerge_exact
 
     @property
     def summary(self) -> str:
         reload = "reload bit-equal" if self.is_reload_exact else "RELOAD DIFFERS"
+        if self.merge is None:
+            return f"{reload}; {self.why_unmerged}"
         unmerge = "unmerge exact" if self.is_unmerge_exact else "UNMERGE DIFFERS"
         merge = "merge verified" if self.merge.is_same_model else "MERGE DIFFERS"
         return f"{reload}, {merge} ({self.merge}), {unmerge}"
@@ -46,7 +53,10 @@ def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[
     adapters.delete(RELOADED)
     with adapters.disabled():
         base = logits_on(model, probes)
-    adapters.merge()
+    try:
+        adapters.merge()
+    except MergeError as refused:
+        return Proof(_equal(trained, reloaded), None, True, refused.seen)
     merged = logits_on(model, probes)
     adapters.unmerge()
     with adapters.disabled():

@@ -43,7 +43,7 @@ def report_data(
     notices: Sequence[str],
 ) -> ReportData:
     """Everything that `report.html` shows of a finished run."""
-    said = [*notices, *(str(event["text"]) for event in events if event["kind"] == "notice")]
+    said = [*([proof.why_unmerged] if proof.why_unmerged else []), *notices, *(str(event["text"]) for event in events if event["kind"] == "notice")]
     return ReportData(
         title=f"{folder.path.resolve().name}: {plan.method} on {recipe.model.name}",
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -84,8 +84,10 @@ def _training(
     )
 
 
-def _merge(proof: Proof, plan: Plan) -> MergeCheck:
+def _merge(proof: Proof, plan: Plan) -> MergeCheck | None:
     figures = proof.merge
+    if figures is None:
+        return None
     reload = "bit-equal" if proof.is_reload_exact else "NOT equal"
     unmerge = "exact" if proof.is_unmerge_exact else "NOT exact"
     return MergeCheck(

@@ -25,7 +25,7 @@ from graftlm.methods.resolve import resolve
 from graftlm.models.generate import context_length
 from graftlm.models.load import load_model
 from graftlm.objectives.sft import SftObjective, require_causal
-from graftlm.training.defaults import fitted, fitted_length
+from graftlm.training.defaults import fitted, fitted_length, room_beside
 from graftlm.training.loop import TrainResult, train
 from graftlm.training.progress_bar import progress_display
 from graftlm.training.recipe import Recipe
@@ -126,13 +126,13 @@ class Tuning:
         raw = read_dataset(recipe.data, recipe.train.seed)  # a wrong path costs no loading of a model
         self.model, self.tokenizer = load_model(recipe.model.name, dtype=recipe.model.dtype)
         require_causal(self.model)
-        recipe = fitted_length(recipe, context_length(self.model))
+        recipe = fitted_length(recipe, room_beside(recipe.method.config, context_length(self.model)))
         self.dataset = raw.encoded(recipe.data, self.tokenizer)
         width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
         lengths = [len(row.input_ids) for row in self.dataset.train]
         self.recipe, notes = fitted(recipe, lengths, width)
         # What is wrong with targets or files stops here, before anything is written.
-        resolve(self.model, recipe.method.config())
+        resolve(self.model, recipe.method.config)
         self.known = known_from_file(self.recipe, self.tokenizer)
         self.folder.write_recipe(self.recipe)
         self.folder.write_json(ENVIRONMENT, describe_environment().as_dict())
@@ -162,7 +162,7 @@ class Tuning:
     def _attach(self) -> AdapterSet:
         recipe = self.recipe
         seed_everything(recipe.train.seed)  # the adapter's start is random, and belongs to the recipe
-        adapters = attach(self.model, recipe.method.config(), NAME, storage=FOLDER)
+        adapters = attach(self.model, recipe.method.config, NAME, storage=FOLDER)
         self.batches = Batches(
             self.dataset.train,
             rows_per_batch=recipe.train.per_device_train_batch_size,
@@ -182,7 +182,7 @@ class Tuning:
 
     def _train(self, adapters: AdapterSet) -> TrainResult:
         train_section = self.recipe.train
-        fields = self.recipe.method.model_dump(mode="json")
+        fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
         parameters = adapters.named_parameters(NAME)
         result = train(
@@ -279,5 +279,5 @@ class Tuning:
             "peak_memory_bytes": result.peak_memory_bytes,
             "before": of(before) if before else None,
             "after": of(after),
-            "merge": proof.merge.as_dict(),
+            "merge": proof.merge.as_dict() if proof.merge else None,
         }
