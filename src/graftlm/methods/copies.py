@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ class FullCopy(SiteAdapter):
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         return {name: value.to(dense[name].dtype) for name, value in WeightHandle(self.module).read().items()}
+
+
+def owners(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The outermost modules that hold parameters themselves; a copy of one includes what is inside."""
+    owners: list[str] = []
+    for path, module in modules.items():
+        holds = any(parameter is not None for parameter in module._parameters.values())
+        if path and holds and not any(path.startswith(f"{other}.") for other in owners):
+            owners.append(path)
+    return owners
 
 
 def keep_ties(parts: Iterable[Part]) -> None:

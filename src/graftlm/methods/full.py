@@ -15,7 +15,7 @@ from torch import nn
 from graftlm.core.errors import TargetError
 from graftlm.methods.base import Layer, Maker, MethodConfig, Part
 from graftlm.methods.bias import BiasShift, has_bias
-from graftlm.methods.copies import FullCopy, keep_ties
+from graftlm.methods.copies import FullCopy, keep_ties, owners
 from graftlm.methods.site import base_modules
 
 
@@ -43,7 +43,7 @@ class FullConfig(MethodConfig):
         elif self.parts == "norms":
             chosen = {path: _copy for path, m in modules.items() if is_norm(m)}
         else:
-            chosen = dict.fromkeys(_owners(modules), _copy)
+            chosen = dict.fromkeys(owners(modules), _copy)
         if not chosen:
             raise TargetError(
                 f"This model has no {self.parts} to train.",
@@ -63,16 +63,6 @@ def is_norm(module: nn.Module) -> bool:
     (True, False)
     """
     return "norm" in type(module).__name__.lower() and any(p is not None for p in module._parameters.values())
-
-
-def _owners(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The outermost modules that hold parameters themselves; a copy of one includes what is inside."""
-    owners: list[str] = []
-    for path, module in modules.items():
-        holds = any(parameter is not None for parameter in module._parameters.values())
-        if path and holds and not any(path.startswith(f"{other}.") for other in owners):
-            owners.append(path)
-    return owners
 
 
 def _bias(layer: Layer) -> Part:

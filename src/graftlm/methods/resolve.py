@@ -12,7 +12,7 @@ from torch import nn
 from graftlm.core.errors import AdapterError
 from graftlm.methods import targets
 from graftlm.methods.base import Layer, Maker, MethodConfig, ModelAdapter, Part
-from graftlm.methods.copies import FullCopy
+from graftlm.methods.copies import FullCopy, owners
 from graftlm.methods.site import base_modules
 
 
@@ -75,11 +75,11 @@ def resolve(model: nn.Module, config: MethodConfig, *, sites: Collection[str] = 
     (('0',), 20)
     """
     modules = base_modules(model)
-    copied = targets.named(model, config.modules_to_save or (), "modules_to_save")
+    blocks = targets.named(model, config.modules_to_save or (), "modules_to_save")
     makers: dict[str, Maker] = {
-        path: maker for path, maker in config.places(model).items() if not _is_inside(path, copied)
+        path: maker for path, maker in config.places(model).items() if not _is_inside(path, blocks)
     }
-    makers |= dict.fromkeys(copied, _copy)
+    makers |= {path: _copy for path in owners(modules) if _is_inside(path, blocks)}
     placements = tuple(_place(Layer(path, modules[path]), makers[path]) for path in modules if path in makers)
     _refuse_nesting(placements, sites)
     return Resolution(config, placements)

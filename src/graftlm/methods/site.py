@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
@@ -32,7 +33,7 @@ class Site(Place):
         if self.route is not None and self.is_enabled:
             return self._routed(self.route, x, *rest, **kwargs)
         adapters = [self.adapter(name) for name in self.shown]
-        if len(adapters) == 1:
+        if len(adapters) == 1 and not self.originals:
             return adapters[0](self.base_layer, x, *rest, **kwargs)
         compose = self._summed if self.composition == "sum" else self._stacked
         return compose(adapters, x, *rest, **kwargs)
@@ -44,27 +45,42 @@ class Site(Place):
         return found
 
     def _summed(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Base output plus the change of each adapter, so that their order never matters."""
+        """Base output plus the change of each adapter, so that their order never matters.
+
+        The change of an adapter is what it does to the base as it came, whatever is merged into it by now.
+        """
         base = total = self.base_layer(x, *args, **kwargs)
+        if self.originals and not all(map(_is_additive, adapters)):
+            base = self._original(x, *args, **kwargs)
         for adapter in adapters:
+            if _is_additive(adapter):
+                total = adapter.post(x, total)
+                continue
             if _acts_on_output(adapter):
-                own = adapter.post(x, total if adapter.is_additive else base)
+                own = adapter.post(x, base)
             else:
-                own = adapter(self.base_layer, x, *args, **kwargs)
-            is_whole = _acts_on_output(adapter) and adapter.is_additive
-            total = own if is_whole else tree_map(_with_change, total, own, base)
+                own = adapter(_Layer(self._original, self.base_layer), x, *args, **kwargs)
+            total = tree_map(_with_change, total, own, base)
         return total
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer with its own weights, also while others stand in their place."""
+        if not self.originals:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, dict(self.originals), args, kwargs)
 
     def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Each adapter takes the layer as the ones before it left it."""
         layer: Callable[..., Any] = self.base_layer
         for adapter in adapters:
-            layer = _Adapted(adapter, layer)
+            layer = _Layer(partial(adapter, layer), self.base_layer)
         return layer(x, *args, **kwargs)
 
     def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[0] == 1 < route.batch:  # the same for every row, as position ids are
+            x = x.expand(route.batch, *x.shape[1:])
         rows_per_item = self._rows_per_item(route, x)
-        output = self.base_layer(x, *args, **kwargs)
+        output = tree_map(partial(_for_rows, len(x)), self.base_layer(x, *args, **kwargs))
         for name, rows in route.rows.items():
             if name is None or not self.has(name):
                 continue
@@ -79,7 +95,7 @@ class Site(Place):
             else:
                 own_args, own_kwargs = _rows_of((args, kwargs), index, len(x))
                 part = adapter(self.base_layer, own, *own_args, **own_kwargs)
-            output = tree_map(partial(_with_rows, index), output, part)
+            output = tree_map(partial(_with_rows, index, len(x)), output, part)
         return output
 
     def _rows_per_item(self, route: Route, x: Tensor) -> int:
@@ -122,17 +138,16 @@ class Site(Place):
         return WeightHandle(self.base_layer).shape[0]
 
 
-class _Adapted:
-    """A layer with one adapter on it, as the base of the next."""
+class _Layer:
+    """A layer as an adapter sees it: called in another way, with its own facts otherwise."""
 
-    def __init__(self, adapter: SiteAdapter, layer: Callable[..., Any]) -> None:
-        self.adapter, self.layer = adapter, layer
+    def __init__(self, call: Callable[..., Any], layer: nn.Module) -> None:
+        self.call, self.layer = call, layer
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.adapter(self.layer, x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Weights and other facts of the layer below."""
         return getattr(self.layer, name)
 
 
@@ -160,21 +175,36 @@ def _acts_on_output(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
     return isinstance(adapter, LayerAdapter) and type(adapter).pre is LayerAdapter.pre
 
 
+def _is_additive(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
+    """Whether the adapter may act upon the output of another without changing what either adds."""
+    return _acts_on_output(adapter) and adapter.is_additive
+
+
 def _with_change(total: Any, own: Any, base: Any) -> Any:
     """One of the base layer's outputs plus what an adapter changes of it."""
     return total + (own - base) if isinstance(total, Tensor) and total.is_floating_point() else total
 
 
-def _with_rows(index: Tensor, output: Any, part: Any) -> Any:
+def _for_rows(rows: int, output: Any) -> Any:
+    """One of the base layer's outputs, with a row of its own for every row of the input."""
+    if isinstance(output, Tensor) and output.dim() and output.shape[0] == 1 < rows:
+        return output.expand(rows, *output.shape[1:])
+    return output
+
+
+def _with_rows(index: Tensor, rows: int, output: Any, part: Any) -> Any:
     """One of the base layer's outputs with some rows as an adapter gives them."""
-    return output.index_copy(0, index, part) if isinstance(output, Tensor) else output
+    return output.index_copy(0, index, _for_rows(len(index), part)) if _goes_along(output, rows) else output
 
 
 def _rows_of(arguments: Any, index: Tensor, rows: int) -> Any:
     """Arguments that go with the rows of the input are chosen with them; what all rows share stays whole."""
 
     def chosen(value: Any) -> Any:
-        goes_along = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-        return value.index_select(0, index) if goes_along else value
+        return value.index_select(0, index) if _goes_along(value, rows) else value
 
     return tree_map(chosen, arguments)
+
+
+def _goes_along(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
