@@ -190,7 +190,7 @@ class AdapterSet:
                 meaning="" if not rows else "A merged adapter acts on every row.",
                 fix="Give one name per row." if not rows else "First adapters.unmerge().",
             )
-        return routed(self.model, rows, [place for _, place in self._installation.places])
+        return routed(self.model, rows, dict(self._installation.places))
 
     # Merging.
 

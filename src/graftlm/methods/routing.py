@@ -75,10 +75,15 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     raise AdapterError("The model was called without a tensor, so there are no rows to route.")
 
 
+SHARED_BY_ROWS = ("relative_attention_bias", "embed_positions")
+"""Ends of paths of layers that are called once for the whole batch, so that no row has an output of its own."""
+
+
 @contextmanager
-def routed(model: nn.Module, rows: Sequence[str | None], places: Iterable[Place]) -> Iterator[None]:
+def routed(model: nn.Module, rows: Sequence[str | None], places: Mapping[str, Place]) -> Iterator[None]:
     """Route rows for the length of the block; everything is as before afterwards, also after an error."""
-    router = Router(rows, places)
+    _refuse_shared(rows, places)
+    router = Router(rows, places.values())
     hook = model.register_forward_pre_hook(router.before_forward, with_kwargs=True)
     generate = getattr(model, "generate", None)
     is_own = "generate" in vars(model)
@@ -94,3 +99,21 @@ def routed(model: nn.Module, rows: Sequence[str | None], places: Iterable[Place]
             object.__setattr__(model, "generate", generate)
         elif generate is not None:
             object.__delattr__(model, "generate")
+
+
+def _refuse_shared(rows: Sequence[str | None], places: Mapping[str, Place]) -> None:
+    wanted = {name for name in rows if name is not None}
+    problems = [
+        f"{name} adapts {path}"
+        for path, place in places.items()
+        if path.endswith(SHARED_BY_ROWS)
+        for name in place.names
+        if name in wanted
+    ]
+    if problems:
+        raise AdapterError(
+            "These adapters cannot be routed by row.",
+            problems=problems,
+            meaning="The model computes these layers once for the whole batch.",
+            fix="Exclude them with exclude_modules, or run the rows of each adapter in a batch of their own.",
+        )
