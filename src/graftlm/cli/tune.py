@@ -14,6 +14,11 @@ from graftlm.cli.output import finish
 
 _WHAT = "What to train"
 _RUN = "The run"
+_TYPES = (
+    "lora, dora, ia3, bottleneck, prefix, prompt, adaption_prompt, tokens; the baselines full, biases, norms."
+)
+
+Method = Annotated[str | None, typer.Option("--method", metavar="TYPE", help=_TYPES, rich_help_panel=_WHAT)]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,16 +64,7 @@ def tune(
         ),
     ],
     model: Model = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="TYPE",
-            help="lora, dora, ia3, bottleneck, prefix, prompt, adaption_prompt, tokens; or the baselines "
-            "full, biases, norms.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    method: Method = None,
     task: Annotated[
         str | None,
         typer.Option(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import PlainSerializer, PlainValidator
 
 from graftlm.core.config import build, suggest
 from graftlm.core.errors import ConfigError
@@ -81,11 +80,9 @@ class Method:
         shown = [f"{key.removeprefix('lora_')}={fields[key]}" for key in sizes if key in fields]
         return " ".join([self.type, *shown])
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls.as_dict)
-        )
+
+MethodSection = Annotated[Method, PlainValidator(Method.parse), PlainSerializer(Method.as_dict)]
+"""The type of the section in a recipe."""
 
 
 def _kind(name: Any) -> Kind:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from graftlm.core.config import Config, build, override, read_yaml
-from graftlm.training.method_section import LATER, Method
+from graftlm.training.method_section import LATER, Method, MethodSection
 
 SHORT = {"model": "name", "data": "path", "method": "type"}
 """What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
@@ -198,7 +198,7 @@ class Recipe(Config):
     model: ModelSection
     data: DataSection
     task: Literal["auto", "sft"] = "auto"
-    method: Method = Method.parse("lora")
+    method: MethodSection = Method.parse("lora")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()

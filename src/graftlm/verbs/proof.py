@@ -56,7 +56,7 @@ def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[
     try:
         adapters.merge()
     except MergeError as refused:
-        return Proof(_equal(trained, reloaded), None, True, refused.seen)
+        return Proof(_equal(trained, reloaded), None, True, f"{refused.seen} {refused.meaning}".strip())
     merged = logits_on(model, probes)
     adapters.unmerge()
     with adapters.disabled():
