@@ -19,8 +19,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO_DATA = ROOT / "src/graftlm/models/weights/sprout/demo.jsonl"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+HOW_TOS = sorted((ROOT / "docs/how-to").glob("*.md"))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def generator() -> ModuleType:
@@ -47,6 +50,20 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path) -> None:
             [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=clean()
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", HOW_TOS, ids=lambda page: page.stem)
+def test_every_python_block_of_a_how_to_runs(page: Path, tmp_path: Path) -> None:
+    """One after the other in one script: starting takes longer than most of them."""
+    text = page.read_text(encoding="utf-8")
+    script = tmp_path / "blocks.py"
+    script.write_text("\n".join(blocks("python", text)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=clean()
+    )
+    assert done.returncode == 0, done.stderr
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.slow

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from graftlm.methods.table import METHODS
+from graftlm.training.method_section import TYPES, Method
 from graftlm.training.recipe import Recipe
 
 HERE = Path(__file__).parent
-VERBS = ("demo", "check", "tune", "eval", "merge", "chat", "env")
+VERBS = ("demo", "check", "tune", "eval", "merge", "combine", "chat", "env")
 
 
 def recipe_page() -> str:
@@ -24,7 +28,10 @@ def recipe_page() -> str:
              "`model: sprout` and `data: rows.jsonl` are enough. Unknown keys are errors.", ""]  # fmt: skip
     for name, field in Recipe.model_fields.items():
         section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if section is Method:
+            lines += _methods()
+            continue
+        if not _is_config(section):
             lines += [f"## {name}", "", f"{_kind(field.annotation)}; default `{field.default}`", ""]
             continue
         lines += [f"## {name}", "", (section.__doc__ or "").strip().splitlines()[0], ""]
@@ -34,8 +41,25 @@ def recipe_page() -> str:
     return "\n".join(lines)
 
 
+def _methods() -> list[str]:
+    """Every type of the `method` section, with the fields of its config."""
+    lines = ["## method", "", "`type` picks the method; default `lora`. Other packages go by their own type.",
+             "", "| type | what is trained | starts with |", "|---|---|---|"]  # fmt: skip
+    for name, kind in TYPES.items():
+        fields = ", ".join(f"`{key}: {_plain(value)}`" for key, value in kind.fields.items())
+        lines.append(f"| `{name}` | {kind.meaning} | {fields} |")
+    for peft_type, config in METHODS.items():
+        names = ", ".join(f"`{name}`" for name, kind in TYPES.items() if kind.peft_type == peft_type)
+        lines += ["", f"### {names}", "", (config.__doc__ or "").strip().splitlines()[0], ""]
+        lines += ["| field | values | default | meaning |", "|---|---|---|---|"]
+        lines += [_row(key, inner) for key, inner in config.model_fields.items()]
+    return [*lines, ""]
+
+
 def _row(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+    default = (
+        "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
+    )
     meaning = " ".join((field.description or "").split())
     return f"| `{name}` | {_kind(field.annotation)} | {default} | {meaning} |".replace("  ", " ")
 
@@ -44,22 +68,37 @@ def _plain(value: Any) -> str:
     """A value as YAML spells it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value))
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "[]"
+    return str(value)
 
 
 def _kind(annotation: Any) -> str:
     """A type as a person reads it."""
     if annotation is type(None):
         return "null"
-    if get_origin(annotation) is None:
+    if get_origin(annotation) is None and not _is_config(annotation):
         return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false"}.get(
             annotation.__name__, annotation.__name__
         )
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) in (dict, Mapping):
+        key, value = get_args(annotation)
+        return f"mapping of {_kind(key)} to {_kind(value)}"
+    if _is_config(annotation):
+        return "mapping with " + ", ".join(f"`{name}`" for name in annotation.model_fields)
     inner = [argument for argument in get_args(annotation) if argument is not Ellipsis]
     if str(get_origin(annotation)).endswith("Literal"):
         return ", ".join(f"`{_plain(value)}`" for value in inner)
     prefix = "list of " if get_origin(annotation) is tuple else ""
     return prefix + " or ".join(_kind(argument) for argument in inner)
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def cli_page() -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftlm.api import attach as attach
     from graftlm.api import chat as chat
     from graftlm.api import check as check
+    from graftlm.api import combine as combine
     from graftlm.api import demo as demo
     from graftlm.api import env as env
     from graftlm.api import evaluate as evaluate
@@ -26,19 +27,32 @@ if TYPE_CHECKING:
     from graftlm.api import tune as tune
     from graftlm.core.errors import GraftError as GraftError
     from graftlm.methods.adapter_set import AdapterSet as AdapterSet
+    from graftlm.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+    from graftlm.methods.bottleneck import BottleneckConfig as BottleneckConfig
     from graftlm.methods.full import FullConfig as FullConfig
+    from graftlm.methods.ia3 import IA3Config as IA3Config
     from graftlm.methods.lora import LoraConfig as LoraConfig
+    from graftlm.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
+    from graftlm.methods.prompt import PromptTuningConfig as PromptTuningConfig
+    from graftlm.methods.tokens import TrainableTokensConfig as TrainableTokensConfig
     from graftlm.models.load import load_model as load_model
     from graftlm.training.recipe import Recipe as Recipe
 
 _HOMES = {
     **dict.fromkeys(
-        ("adapters", "attach", "chat", "check", "demo", "env", "evaluate", "merge", "tune"), "graftlm.api"
+        ("adapters", "attach", "chat", "check", "combine", "demo", "env", "evaluate", "merge", "tune"),
+        "graftlm.api",
     ),
     "GraftError": "graftlm.core.errors",
     "AdapterSet": "graftlm.methods.adapter_set",
+    "AdaptionPromptConfig": "graftlm.methods.adaption_prompt",
+    "BottleneckConfig": "graftlm.methods.bottleneck",
     "FullConfig": "graftlm.methods.full",
+    "IA3Config": "graftlm.methods.ia3",
     "LoraConfig": "graftlm.methods.lora",
+    "PrefixTuningConfig": "graftlm.methods.prefix",
+    "PromptTuningConfig": "graftlm.methods.prompt",
+    "TrainableTokensConfig": "graftlm.methods.tokens",
     "load_model": "graftlm.models.load",
     "Recipe": "graftlm.training.recipe",
 }

@@ -13,6 +13,7 @@ from graftlm.methods.adapter_set import AdapterSet, ParameterType
 from graftlm.methods.base import MethodConfig
 from graftlm.verbs.chat import chat as chat
 from graftlm.verbs.check import check as check
+from graftlm.verbs.combine import combine as combine
 from graftlm.verbs.demo import demo as demo
 from graftlm.verbs.evaluate import evaluate as evaluate
 from graftlm.verbs.merge import merge as merge

@@ -286,6 +286,7 @@ def test_merge_and_unload_gives_a_plain_model_with_the_flags_of_the_base(
 def test_both_halves_of_a_tie_keep_their_flags_after_unloading(targets: tuple[str, ...]) -> None:
     model = tiny("llama-tied")
     adapters = graft(model, LoraConfig(r=2, target_modules=targets))
+    stir(adapters)
     adapters.merge_and_unload()
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.lm_head.weight.requires_grad and model.model.embed_tokens.weight.requires_grad
