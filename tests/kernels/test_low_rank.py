@@ -167,6 +167,17 @@ def test_a_second_derivative_is_refused_instead_of_being_zero() -> None:
         first.sum().backward()
 
 
+def test_the_output_may_be_changed_in_place_as_that_of_a_linear_layer() -> None:
+    """Some models clamp queries in place."""
+    leaves = [draw(*shape).requires_grad_() for shape in ((2, 3, 5), (2, 3, 4), (2, 4), (5, 2))]
+    gradients = []
+    for is_in_place in (False, True):
+        out = low_rank_add(*leaves, scale=1.0)
+        out = out.clamp_(-0.5, 0.5) if is_in_place else out.clamp(-0.5, 0.5)
+        gradients.append(torch.autograd.grad(out.sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_only_the_input_and_the_rank_r_product_are_kept_for_backward(p: float) -> None:
     x, y = draw(64, 256, dtype=torch.bfloat16), draw(64, 128, dtype=torch.bfloat16)

@@ -13,7 +13,8 @@ from torch import nn
 from graftlm.core.errors import AdapterError, GraftError, TargetError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import adapters_of
-from graftlm.methods.lora import LoraConfig, LoraLinear
+from graftlm.methods.lora import LoraConfig
+from graftlm.methods.low_rank import LoraLinear
 
 from .tiny import KINDS, batch, graft, logits, snapshot, stir, tiny
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftlm.core.errors import ConfigError
+from graftlm.core.errors import ConfigError, MergeError, TargetError
 from graftlm.methods.base import Layer
-from graftlm.methods.lora import LoraConfig, LoraEmbedding, LoraLinear
+from graftlm.methods.lora import LoraConfig
+from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
 
 from .tiny import KINDS, batch, graft, logits, snapshot, stir, tiny
 
@@ -180,15 +181,87 @@ def test_a_full_copy_is_trained_and_the_base_is_not() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"bias": "some"}, "bias"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights"),
         ({"lora_alpa": 8}, "did you mean 'lora_alpha'"),
         ({"target_modules": ()}, "target_modules"),
         ({"target_modules": ("",)}, "target_modules"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"q": 1.5}}, "rank_pattern"),
+        ({"alpha_pattern": {"q(": 2}}, "not a valid regular expression"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias cannot be used"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         LoraConfig(**fields)
+
+
+def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
+    """First match in order wins; a pattern is for a path or what comes after one of its dots."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        rank_pattern={r"layers\.0\..*proj": 4, "q_proj": 2, "model.layers.1.mlp.up_proj": 3},
+        alpha_pattern={"q_proj": 6.0},
+    )
+    parts = graft(tiny("llama"), config).parts("default")
+    seen = {
+        path.removeprefix("model.layers."): (part.get_parameter("lora_A").shape[0], part.scaling)
+        for path, part in parts.items()
+        if isinstance(part, LoraLinear)
+    }
+    assert seen["0.self_attn.q_proj"] == (4, 1.5) and seen["1.self_attn.q_proj"] == (2, 3.0)
+    assert seen["0.mlp.up_proj"] == (4, 4.0) and seen["1.mlp.up_proj"] == (3, pytest.approx(16 / 3))
+    assert seen["1.self_attn.k_proj"] == (8, 2.0)
+    stable = config.replace(use_rslora=True)
+    assert stable.scaling_at("model.layers.1.self_attn.q_proj") == pytest.approx(6 / 2**0.5)
+    assert stable.scaling_at("model.layers.1.self_attn.k_proj") == stable.scaling
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_match_no_target_are_named(field: str) -> None:
+    model = tiny("llama")
+    unchanged = snapshot(model)
+    patterns = {"q_proj": 2, "q_prj": 3, "down_proj": 4, "proj": 5}
+    with pytest.raises(TargetError) as caught:
+        graft(model, LoraConfig(target_modules=("q_proj",), **{field: patterns}))
+    assert len(caught.value.problems) == 3
+    for name, problem in zip(("q_prj", "down_proj", "proj"), caught.value.problems, strict=True):
+        assert field in problem and repr(name) in problem
+    unchanged()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_bias_of_the_update_is_trained_scaled_and_merged(kind: str) -> None:
+    model, inputs = tiny(kind).double(), batch(kind)
+    changed, before = copy.deepcopy(model), logits(model, inputs)
+    adapters = graft(model, LoraConfig(r=2, lora_alpha=6, lora_bias=True), dtype="base")
+    assert torch.equal(logits(model, inputs), before)
+    stir(adapters)
+    for path, part in adapters.parts("default").items():
+        assert isinstance(part, LoraLinear) and part.lora_B_bias is not None
+        layer = changed.get_submodule(path)
+        delta = (3 * part.lora_B @ part.lora_A).detach()
+        layer.weight.data += delta if isinstance(layer, nn.Linear) else delta.T
+        layer.bias.data += 3 * part.lora_B_bias.detach()
+    expected = logits(changed, inputs)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-9, atol=1e-10)
+    adapters.merge()
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_bias_of_the_update_needs_a_bias_below_to_be_merged() -> None:
+    model = tiny("llama")
+    adapters = graft(model, LoraConfig(r=2, lora_bias=True))
+    unchanged = snapshot(model)
+    with pytest.raises(MergeError, match="the base layer has none"):
+        adapters.merge()
+    unchanged()
+
+
+def test_a_bias_of_the_update_is_for_linear_layers() -> None:
+    with pytest.raises(TargetError, match="embed_tokens"):
+        graft(tiny("llama"), LoraConfig(lora_bias=True, target_modules=("embed_tokens", "q_proj")))
 
 
 def test_a_frozen_model_gets_gradients_in_the_adapter_only() -> None:
@@ -220,9 +293,11 @@ def test_gradients_of_the_parts_are_those_of_the_merged_weight() -> None:
 
 
 def test_lora_plus_speeds_up_the_output_side_only() -> None:
-    for part, name in (
-        (LoraLinear(4, 6, r=2, scaling=1.0), "lora_B"),
-        (LoraEmbedding(torch.nn.Embedding(5, 4), r=2, scaling=1.0), "lora_embedding_B"),
+    """As in PEFT: B and everything of one dimension."""
+    for part, names in (
+        (LoraLinear(4, 6, r=2, scaling=1.0), ["lora_B"]),
+        (LoraLinear(4, 6, r=2, scaling=1.0, lora_bias=True, bias=torch.ones(6)), None),
+        (LoraEmbedding(torch.nn.Embedding(5, 4), r=2, scaling=1.0), ["lora_embedding_B"]),
     ):
-        assert part.output_side == (name,)
-        assert name in dict(part.named_parameters())
+        found = [key for key, _ in part.named_parameters() if key in part.output_side]
+        assert found == (names or ["lora_B", "lora_B_bias", "shift.bias"])

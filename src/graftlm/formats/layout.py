@@ -23,10 +23,11 @@ from graftlm.core.errors import FormatError
 from graftlm.core.files import write_atomic
 from graftlm.formats import peft_config
 from graftlm.formats.fingerprint import BaseIdentity, identify
-from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, clean_key, tensor_key
+from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, as_in_file, clean_key, from_file, tensor_key
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.copies import FullCopy
 from graftlm.methods.site import base_modules
+from graftlm.methods.tokens import TiedTokenRows, TokenRows
 
 CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 SCHEMA = 1
@@ -56,7 +57,7 @@ class Folder:
         with ExitStack() as undo:
             undo.callback(adapters.delete, name)
             _check_base(adapters.model, directory, _copied(adapters, name), strict=strict)
-            _fill(adapters, name, tensors, str(directory / TENSORS), strict=strict)
+            fill(adapters, name, tensors, str(directory / TENSORS), strict=strict)
             undo.pop_all()
 
 
@@ -64,8 +65,10 @@ FOLDER = Folder()
 
 
 def _copied(adapters: AdapterSet, name: str) -> list[str]:
-    """The modules that the adapter answers for itself, whatever the base has there."""
-    return [path for path, part in adapters.parts(name).items() if isinstance(part, FullCopy)]
+    """Modules that the adapter answers for itself, whatever the base has there: copies, and tables that got
+    new rows, which differ every time that a vocabulary is resized."""
+    own = (FullCopy, TokenRows, TiedTokenRows)
+    return [path for path, part in adapters.parts(name).items() if isinstance(part, own)]
 
 
 def _require_folder(directory: Path) -> None:
@@ -112,7 +115,7 @@ def adapter_tensors(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
             problems=bad[:10],
             meaning="The training diverged, or the parameters live on another process.",
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(as_in_file(found).items()))
 
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -169,7 +172,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FormatError(
             f"{path} holds NaN or infinity.", problems=bad[:10], meaning="The training diverged."
         )
-    return tensors
+    return from_file(tensors)
 
 
 def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, strict: bool) -> None:
@@ -190,7 +193,12 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
     warnings.warn(message, stacklevel=5)
 
 
-def _fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:
+def fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:
+    """Put the tensors of a file, by key, into an adapter that exists; `source` names them in errors.
+
+    Raises:
+        FormatError: a tensor is missing, unexpected or of another shape; nothing was put.
+    """
     parts = adapters.parts(name)
     wanted = _held(adapters, name)
     problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]

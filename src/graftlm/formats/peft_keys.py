@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
+
 from graftlm.methods.base import Part
 from graftlm.methods.bias import BiasShift
 from graftlm.methods.copies import FullCopy
-from graftlm.methods.lora import LoraEmbedding, LoraLinear
+from graftlm.methods.dora import DoraEmbedding, DoraLinear
+from graftlm.methods.experts import ParameterLora
+from graftlm.methods.ia3 import IA3Output
+from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.methods.tokens import NestedTokenRows
+from graftlm.methods.virtual_tokens import CacheTokens, InputTokens
 
 PREFIX = "base_model.model."
+SHORT_PREFIX = "base_model."
+VIRTUAL_TOKENS = "prompt_embeddings"
+"""The one tensor of prompt and prefix tuning, without any prefix."""
 FOREIGN_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
 """Left in keys by tools that wrap a model before it is saved."""
 BASE_WEIGHT = ".base_layer.weight"
@@ -21,19 +31,49 @@ BASE_WEIGHT = ".base_layer.weight"
 HEADS = ("classifier", "score")
 """PEFT lists both among the saved modules of any classifier; a model has one of them."""
 
+LINEAR = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_B_bias": "lora_B.bias",
+    "shift.bias": "base_layer.bias",
+}
+EMBEDDING = {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"}
+MAGNITUDE = "lora_magnitude_vector"
+
 SUFFIXES: Mapping[type[Part], Mapping[str, str]] = {
-    LoraLinear: {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "shift.bias": "base_layer.bias"},
-    LoraEmbedding: {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"},
+    LoraLinear: LINEAR,
+    LoraEmbedding: EMBEDDING,
+    DoraLinear: {**{f"lora.{n}": key for n, key in LINEAR.items()}, "magnitude": MAGNITUDE},
+    DoraEmbedding: {**{f"lora.{n}": key for n, key in EMBEDDING.items()}, "magnitude": MAGNITUDE},
     BiasShift: {"bias": "bias"},
+    IA3Output: {"ia3_l": "ia3_l"},
+    NestedTokenRows: {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"},
 }
 """Ends of keys by the names in `Part.saved()`; a class that is not listed uses its own names."""
 
 
 def tensor_key(path: str, part: Part, parameter: str) -> str:
     """The key of one parameter of the part at `path`."""
+    if isinstance(part, InputTokens | CacheTokens):
+        return parameter
     if isinstance(part, FullCopy):
         return f"{PREFIX}{path}.{parameter.removeprefix('module.')}"
+    if isinstance(part, ParameterLora):  # PEFT nests one wrapper in another, the first parameter innermost
+        _, name, factor = parameter.split(".")
+        return f"{PREFIX}{path}.{'base_layer.' * part.outer(name)}{factor}.weight"
     return f"{PREFIX}{path}.{SUFFIXES.get(type(part), {}).get(parameter, parameter)}"
+
+
+def as_in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the keys of a file: beside virtual tokens, copies of modules lack a part."""
+    has_virtual = VIRTUAL_TOKENS in tensors
+    return {key.replace(PREFIX, SHORT_PREFIX, 1) if has_virtual else key: t for key, t in tensors.items()}
+
+
+def from_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `as_in_file`."""
+    has_virtual = VIRTUAL_TOKENS in tensors
+    return {key.replace(SHORT_PREFIX, PREFIX, 1) if has_virtual else key: t for key, t in tensors.items()}
 
 
 def clean_key(key: str) -> str:
@@ -53,7 +93,8 @@ def target_path(key: str) -> str | None:
     >>> target_path("base_model.model.model.layers.0.q_proj.lora_A.weight")
     'model.layers.0.q_proj'
     """
-    for suffix in (*SUFFIXES[LoraLinear].values(), *SUFFIXES[LoraEmbedding].values()):
+    kinds = (DoraLinear, DoraEmbedding, IA3Output)  # DoRA's tensors are LoRA's and one more
+    for suffix in (suffix for kind in kinds for suffix in SUFFIXES[kind].values()):
         if key.endswith(f".{suffix}") and not suffix.startswith("base_layer"):
             return key.removeprefix(PREFIX).removesuffix(f".{suffix}")
     return None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from graftlm.core.config import Config
 from graftlm.core.errors import MergeError
@@ -63,7 +64,7 @@ class Part(nn.Module, ABC):
         """
         raise MergeError(
             f"{type(self).__name__} cannot be merged.",
-            meaning="It is not a change of the layer's weights.",
+            meaning="It is no change of weights.",
             fix="Serve it unmerged.",
         )
 
@@ -95,8 +96,20 @@ class LayerAdapter(SiteAdapter):
         return self.post(x, base(x, *args, **kwargs))
 
 
+class WeightAdapter(SiteAdapter):
+    """A part that changes the parameters that the base layer is called with; several of them add up there."""
+
+    @abstractmethod
+    def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the base's `weights`, by name, that this part changes, with its change added."""
+
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(base, self.changed(dict(base.named_parameters())), (x, *args), kwargs)
+
+
 class ModelAdapter(Part):
-    """A part that acts on what a whole stack of layers reads: its input tokens or its attention cache."""
+    """A part that leaves every module in its place and acts through hooks, at a gate: on what a whole stack
+    of layers reads (its input tokens, its cache), or on what an attention returns."""
 
 
 Maker = Callable[[Layer], Part]

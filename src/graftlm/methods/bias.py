@@ -28,6 +28,7 @@ class BiasShift(LayerAdapter):
     """`y + (bias - base bias)`: the layer with its bias replaced by a trained one. Shape: bias [out]."""
 
     is_additive: ClassVar[bool] = True
+    output_side: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(self, base_bias: Tensor) -> None:
         super().__init__()

@@ -51,5 +51,5 @@ class LayerConfig(MethodConfig):
         return {}
 
     def places(self, model: nn.Module) -> Mapping[str, Maker]:
-        chosen = targets.select(model, self)
+        chosen = targets.select(model, self) if self.target_modules else []
         return {**dict.fromkeys(chosen, self.build), **self.extra(model, chosen)}

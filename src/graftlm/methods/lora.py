@@ -1,27 +1,40 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices (Hu et al. 2021, arXiv 2106.09685).
 
 y = W x + s B A x        s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)
+
+The arithmetic is in `methods.low_rank`, that of DoRA in `methods.dora`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import nn
 
-from graftlm.kernels.ops import low_rank_add
-from graftlm.methods.base import Dense, Layer, LayerAdapter, Maker, SiteAdapter
+from graftlm.core.errors import TargetError
+from graftlm.methods.base import Layer, Maker, MethodConfig, Part, SiteAdapter
 from graftlm.methods.bias import BiasShift, has_bias
+from graftlm.methods.dora import DoraEmbedding, DoraLinear
+from graftlm.methods.experts import Update, parameter_paths, parameter_places
 from graftlm.methods.families import is_linear
+from graftlm.methods.initialise import (
+    EvaConfig,
+    checked,
+    doubled,
+    require_rank,
+    say_eva_needs_data,
+    subtracts,
+)
 from graftlm.methods.layer_config import LayerConfig
+from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.methods.patterns import check_expressions, require_matches, value_at
 from graftlm.methods.site import base_modules
+from graftlm.methods.tokens import Indices, NestedTokenRows, checked_ids, link_tied, token_places
 
-Init = Literal["kaiming", "gaussian", "random"]
+NO_TARGET = "names no module; use 'all-linear', a role, or module names"
 
 
 class LoraConfig(LayerConfig):
@@ -34,6 +47,15 @@ class LoraConfig(LayerConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    aliases: ClassVar[Mapping[str, str]] = {
+        "lora_r": "r",
+        "lora_rank": "r",
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "lora_target": "target_modules",
+        "lora_target_modules": "target_modules",
+    }
 
     r: int = Field(16, gt=0)
     """Rank of the update."""
@@ -43,108 +65,165 @@ class LoraConfig(LayerConfig):
     """Dropout on the input of the update, never on the base's."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """True: Kaiming-uniform A, zero B. `gaussian`: normal A, deviation 1/r. False: both random (tests)."""
+    init_lora_weights: bool | str = True
+    """True: Kaiming-uniform A, zero B. `gaussian`: normal A, deviation 1/r. `orthogonal`: neither zero, their
+    product is. `pissa`, `pissa_niter_N`, `olora`: from the base's weight, which stays as it is. `eva`: from
+    data (`methods.eva`). False: both random (tests)."""
+    eva_config: EvaConfig | None = None
+    """How `eva` reads data."""
+    trainable_token_indices: Indices | dict[str, Indices] | None = None
+    """Tokens whose embedding rows are trained too: ids in the input embedding, or ids by name of table."""
+    target_parameters: tuple[str, ...] | None = None
+    """Parameters that are no layer's weight, such as stacked experts (`methods.experts`), by path or ending.
+    `target_modules` may be empty then."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which of the base's biases are trained too: none, those of adapted layers, or all."""
 
+    rank_pattern: Mapping[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Other ranks for some modules, by pattern of their path (`methods.patterns`); the first match wins."""
+    alpha_pattern: Mapping[str, Annotated[int | float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other values of `lora_alpha`, likewise."""
+    lora_bias: bool = False
+    """A trained bias on B, scaled like it. Merging needs a bias in the base layer."""
+    use_dora: bool = False
+    """Train the length of every row of the weight apart from its direction (`methods.dora`)."""
+
     @property
     def scaling(self) -> float:
-        """The factor on B A."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """The factor on B A, where no pattern says otherwise."""
+        return self._scaling(self.r, self.lora_alpha)
+
+    def rank_at(self, path: str) -> int:
+        """The rank of the update at one module."""
+        return value_at(self.rank_pattern, path, self.r)
+
+    def scaling_at(self, path: str) -> float:
+        """The factor on B A at one module."""
+        return self._scaling(self.rank_at(path), value_at(self.alpha_pattern, path, self.lora_alpha))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_compile(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        return check_expressions(value)
+
+    @model_validator(mode="after")
+    def _one_of_bias_and_dora(self) -> Self:
+        if self.use_dora and self.lora_bias:
+            raise ValueError("lora_bias cannot be used with use_dora: DoRA scales the weight, not a bias")
+        return self
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _init_is_known(cls, value: bool | str) -> bool | str:
+        return checked(value)
+
+    @model_validator(mode="after")
+    def _ranks_suit_the_start(self) -> Self:
+        for rank in (self.r, *self.rank_pattern.values()):
+            require_rank(self.init_lora_weights, rank)
+        return self
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value == "" or any(not name for name in value):
+            raise ValueError(NO_TARGET)
+        return value  # no name at all is right beside target_parameters: see below
+
+    @model_validator(mode="after")
+    def _targets_make_sense(self) -> Self:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError(f"target_modules: {NO_TARGET}")
+        others = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+        init = self.init_lora_weights
+        others |= {f"init_lora_weights={init!r}": subtracts(init) or init == "orthogonal"}
+        if self.target_parameters and (given := [name for name, value in others.items() if value]):
+            raise ValueError(f"target_parameters cannot be used with {', '.join(given)}")
+        return self
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _are_ids(cls, value: Any) -> Any:
+        for ids in value.values() if isinstance(value, dict) else () if value is None else (value,):
+            checked_ids(ids)
+        return value
+
+    def portable(self) -> MethodConfig:
+        """A plain LoRA: a start from data or from the base's weight is in the tensors, none is repeated."""
+        plain = self.replace(eva_config=None)
+        if not subtracts(self.init_lora_weights):
+            return plain
+        patterns = (self.rank_pattern, self.alpha_pattern)
+        return plain.replace(**doubled(self.r, self.lora_alpha, *patterns, use_rslora=self.use_rslora))
+
+    def link(self, parts: Mapping[str, Part]) -> None:
+        link_tied(parts)
 
     def supports(self, module: nn.Module) -> bool:
         return is_linear(module) or isinstance(module, nn.Embedding)
 
     def build(self, layer: Layer) -> SiteAdapter:
-        init: Init = "kaiming" if self.init_lora_weights else "random"
-        if self.init_lora_weights == "gaussian":
-            init = "gaussian"
-        module = layer.module
+        init, module = self.init_lora_weights, layer.module
+        weight = layer.handle.weight() if subtracts(init) else None
+        if init == "eva" and layer.device.type != "meta":
+            say_eva_needs_data()
+        rank, scaling = self.rank_at(layer.path), self.scaling_at(layer.path)
         if isinstance(module, nn.Embedding):
-            return LoraEmbedding(module, r=self.r, scaling=self.scaling, init=init)
+            table = LoraEmbedding(module, r=rank, scaling=scaling, init=init, weight=weight)
+            return DoraEmbedding(table, layer.handle.weight()) if self.use_dora else table
         rows, columns = layer.handle.shape
         bias = module.bias if self.bias != "none" and has_bias(module) else None
-        return LoraLinear(
-            columns, rows, r=self.r, scaling=self.scaling, dropout=self.lora_dropout, init=init, bias=bias
+        lora = LoraLinear(
+            columns,
+            rows,
+            r=rank,
+            scaling=scaling,
+            dropout=self.lora_dropout,
+            init=init,
+            weight=weight,
+            bias=bias,
+            lora_bias=self.lora_bias,
         )
+        return DoraLinear(lora, layer.handle.weight()) if self.use_dora else lora
 
     def extra(self, model: nn.Module, chosen: Sequence[str]) -> Mapping[str, Maker]:
+        owners = parameter_paths(model, self.target_parameters or ())
+        parameters = [f"{path}.{name}" for path, names in owners.items() for name in names]
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        require_matches(patterns, [*chosen, *parameters])
+        if self.lora_bias:
+            _refuse_embeddings(model, chosen)
+        more = parameter_places(owners, {path: self._update(path) for path in parameters}, taken=chosen)
+        if self.trainable_token_indices is not None:
+            indices, taken = self.trainable_token_indices, (*chosen, *more)
+            more |= token_places(model, indices, NestedTokenRows, taken=taken, copied=self.modules_to_save)
         if self.bias != "all":
-            return {}
-        return {
+            return more
+        biases = {
             path: lambda layer: BiasShift(layer.module.get_parameter("bias"))
             for path, module in base_modules(model).items()
             if path not in chosen and has_bias(module)
         }
+        return {**biases, **more}
+
+    def _update(self, path: str) -> Update:
+        return Update(self.rank_at(path), self.scaling_at(path), self.init_lora_weights)
 
 
-class LoraLinear(LayerAdapter):
-    """The update of one linear layer. Shapes: lora_A [r, in], lora_B [out, r], whatever the base's layout."""
-
-    is_additive: ClassVar[bool] = True
-    output_side: ClassVar[tuple[str, ...]] = ("lora_B",)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        r: int,
-        scaling: float,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        bias: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.scaling, self.dropout = scaling, dropout
-        self.lora_A = nn.Parameter(torch.empty(r, in_features))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
-        self.shift = BiasShift(bias) if bias is not None else None
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init == "random":
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        y = low_rank_add(y, x.to(y.dtype), self.lora_A, self.lora_B, scale=self.scaling, dropout=dropout)
-        return y if self.shift is None else self.shift.post(x, y)
-
-    def merged(self, dense: Dense) -> dict[str, Tensor]:
-        weight = dense["weight"]
-        delta = self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)
-        changed = {} if self.shift is None else self.shift.merged(dense)
-        return {"weight": weight + self.scaling * delta, **changed}
-
-
-class LoraEmbedding(LayerAdapter):
-    """The update of an embedding. Shapes: lora_embedding_A [r, vocabulary], lora_embedding_B [dim, r]."""
-
-    is_additive: ClassVar[bool] = True
-    output_side: ClassVar[tuple[str, ...]] = ("lora_embedding_B",)
-
-    def __init__(self, base: nn.Embedding, *, r: int, scaling: float, init: Init = "kaiming") -> None:
-        super().__init__()
-        self.scaling, self.padding_idx = scaling, base.padding_idx
-        self.embed_scale = embedding_scale(base)
-        self.lora_embedding_A = nn.Parameter(torch.zeros(r, base.num_embeddings))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, r))
-        if init == "random":
-            nn.init.normal_(self.lora_embedding_A)
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = F.embedding(x, self.lora_embedding_A.t(), padding_idx=self.padding_idx)
-        return y + (rows @ self.lora_embedding_B.t() * (self.scaling * self.embed_scale)).to(y.dtype)
-
-    def merged(self, dense: Dense) -> dict[str, Tensor]:
-        weight = dense["weight"]
-        a, b = self.lora_embedding_A.to(weight.dtype), self.lora_embedding_B.to(weight.dtype)
-        return {"weight": weight + self.scaling * (b @ a).t()}
-
-
-def embedding_scale(base: nn.Embedding) -> float:
-    """The factor that some models (Gemma 3, BART) apply inside the embedding's forward, after the table."""
-    return float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
+def _refuse_embeddings(model: nn.Module, chosen: Sequence[str]) -> None:
+    modules = base_modules(model)
+    tables = [path for path in chosen if isinstance(modules[path], nn.Embedding)]
+    if tables:
+        raise TargetError(
+            "lora_bias is for linear layers, and embeddings are among the targets.",
+            problems=tables,
+            fix="Exclude them with exclude_modules, or set lora_bias=False.",
+        )

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import MergeError
 from graftlm.methods.base import Dense
-from graftlm.methods.gate import Gate
+from graftlm.methods.hooked import HookedPlace
 from graftlm.methods.site import Site
 from graftlm.quant.weights import WeightHandle
 
 
-def refuse_gates(gates: Mapping[str, Gate], names: Iterable[str]) -> None:
+def refuse_gates(gates: Mapping[str, HookedPlace], names: Iterable[str]) -> None:
     """What acts on the input or the cache is no change of weights.
 
     Raises:
@@ -41,6 +41,7 @@ def set_merged(sites: Mapping[str, Site], names: Sequence[str]) -> None:
             rollback.callback(_put_back, site, dict(site.originals), dict(site.base_layer.named_parameters()))
             _set_site(path, site, [name for name in names if site.has(name)])
         rollback.pop_all()
+    _tie_again(sites.values())
 
 
 def _put_back(site: Site, originals: dict[str, nn.Parameter], parameters: dict[str, nn.Parameter]) -> None:
@@ -89,8 +90,22 @@ def _require_finite(value: Tensor, name: str, key: str, dtype: torch.dtype) -> N
         )
 
 
+def _tie_again(sites: Iterable[Site]) -> None:
+    """One parameter for a tied weight whose every place was changed in the same way, as token rows do."""
+    merged: dict[int, nn.Parameter] = {}
+    for site in sites:
+        for key, original in site.originals.items():
+            own = site.base_layer.get_parameter(key)
+            other = merged.setdefault(id(original), own)
+            if torch.equal(own, other):
+                WeightHandle(site.base_layer).restore({key: other})
+
+
 def splits_a_tie(model: nn.Module, sites: Iterable[Site]) -> bool:
-    """Whether a merge replaced a weight that two modules held in common, as tied embeddings are."""
-    aside = [id(original) for site in sites for original in site.originals.values()]
+    """Whether a merge gave a weight that two modules held in common, as tied embeddings are, two values."""
+    now: dict[int, set[int]] = {}
+    for site in sites:
+        for key, original in site.originals.items():
+            now.setdefault(id(original), set()).add(id(site.base_layer.get_parameter(key)))
     still_held = {id(parameter) for parameter in model.parameters()}
-    return len(set(aside)) < len(aside) or not still_held.isdisjoint(aside)
+    return any(len(parameters) > 1 for parameters in now.values()) or not still_held.isdisjoint(now)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
-from graftlm.methods.base import LayerAdapter, SiteAdapter
+from graftlm.methods.base import LayerAdapter, SiteAdapter, WeightAdapter
 from graftlm.methods.place import Place, Route
 from graftlm.quant.weights import WeightHandle
 
@@ -49,9 +50,15 @@ class Site(Place):
 
         The change of an adapter is what it does to the base as it came, whatever is merged into it by now.
         """
+        on_weights = [adapter for adapter in adapters if isinstance(adapter, WeightAdapter)]
+        adapters = [adapter for adapter in adapters if not isinstance(adapter, WeightAdapter)]
+        if on_weights and not adapters:
+            return self._with_weights(on_weights, x, *args, **kwargs)
         base = total = self.base_layer(x, *args, **kwargs)
+        if on_weights:
+            total = self._with_weights(on_weights, x, *args, **kwargs)
         if self.originals and not all(map(_is_additive, adapters)):
-            base = self._original(x, *args, **kwargs)
+            base = self.original(x, *args, **kwargs)
         for adapter in adapters:
             if _is_additive(adapter):
                 total = adapter.post(x, total)
@@ -59,11 +66,19 @@ class Site(Place):
             if _acts_on_output(adapter):
                 own = adapter.post(x, base)
             else:
-                own = adapter(_Layer(self._original, self.base_layer), x, *args, **kwargs)
+                layer: Any = _Layer(self.original, self.base_layer, self.originals)
+                own = adapter(layer, x, *args, **kwargs)
             total = tree_map(_with_change, total, own, base)
         return total
 
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
+    def _with_weights(self, adapters: Sequence[WeightAdapter], *args: Any, **kwargs: Any) -> Any:
+        """The base layer as it is now, with the changes of all these adapters in its weights."""
+        weights: dict[str, Tensor] = dict(self.base_layer.named_parameters())
+        for adapter in adapters:
+            weights |= adapter.changed(weights)
+        return functional_call(self.base_layer, weights, args, kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer with its own weights, also while others stand in their place."""
         if not self.originals:
             return self.base_layer(*args, **kwargs)
@@ -71,9 +86,13 @@ class Site(Place):
 
     def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Each adapter takes the layer as the ones before it left it."""
+        on_weights = [adapter for adapter in adapters if isinstance(adapter, WeightAdapter)]
         layer: Callable[..., Any] = self.base_layer
+        if on_weights:
+            layer = _Layer(partial(self._with_weights, on_weights), self.base_layer)
         for adapter in adapters:
-            layer = _Layer(partial(adapter, layer), self.base_layer)
+            if not isinstance(adapter, WeightAdapter):
+                layer = _Layer(partial(adapter, layer), self.base_layer)
         return layer(x, *args, **kwargs)
 
     def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -139,16 +158,28 @@ class Site(Place):
 
 
 class _Layer:
-    """A layer as an adapter sees it: called in another way, with its own facts otherwise."""
+    """A layer as an adapter sees it: called in another way, with its own facts otherwise.
 
-    def __init__(self, call: Callable[..., Any], layer: nn.Module) -> None:
-        self.call, self.layer = call, layer
+    Parameters that are `its_own` are seen in the place of those that the layer has now.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        layer: nn.Module,
+        its_own: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ) -> None:
+        self.call, self.stands_for, self.its_own = call, layer, its_own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
+        return self.its_own[name] if name in self.its_own else getattr(self.stands_for, name)
+
+    def get_parameter(self, name: str) -> nn.Parameter:
+        """As of the layer that this stands for."""
+        return self.its_own[name] if name in self.its_own else self.stands_for.get_parameter(name)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

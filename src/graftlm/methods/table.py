@@ -6,14 +6,24 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from graftlm.core.errors import ConfigError
+from graftlm.methods.adaption_prompt import AdaptionPromptConfig
 from graftlm.methods.base import MethodConfig
+from graftlm.methods.bottleneck import BottleneckConfig
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig
+from graftlm.methods.prefix import PrefixTuningConfig
+from graftlm.methods.prompt import PromptTuningConfig
+from graftlm.methods.tokens import TrainableTokensConfig
 
 METHODS: Mapping[str, type[MethodConfig]] = {
     "LORA": LoraConfig,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
     "IA3": IA3Config,
+    "BOTTLENECK": BottleneckConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "ADAPTION_PROMPT": AdaptionPromptConfig,
     "FULL": FullConfig,
 }
 

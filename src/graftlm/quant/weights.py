@@ -30,14 +30,18 @@ class WeightHandle:
 
     @property
     def is_transposed(self) -> bool:
-        """GPT-2's `Conv1D` stores [in, out]."""
-        return isinstance(self.module, Conv1D)
+        """GPT-2's `Conv1D` stores [in, out]. What stands in for a layer says so by `stands_for`."""
+        return isinstance(getattr(self.module, "stands_for", self.module), Conv1D)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight."""
         rows, columns = self.module.get_parameter("weight").shape
         return (columns, rows) if self.is_transposed else (rows, columns)
+
+    def weight(self) -> Tensor:
+        """The weight alone as [out, in], detached, in the dtype it is stored in; no copy."""
+        return self._oriented("weight", self.module.get_parameter("weight").detach())
 
     def read(self) -> dict[str, Tensor]:
         """Every parameter by name in float32 (float64 stays), `weight` as [out, in]."""

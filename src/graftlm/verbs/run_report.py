@@ -43,7 +43,8 @@ def report_data(
     notices: Sequence[str],
 ) -> ReportData:
     """Everything that `report.html` shows of a finished run."""
-    said = [*([proof.why_unmerged] if proof.why_unmerged else []), *notices, *(str(event["text"]) for event in events if event["kind"] == "notice")]
+    logged = (str(event["text"]) for event in events if event["kind"] == "notice")
+    said = [*filter(None, [proof.why_unmerged]), *notices, *logged]
     return ReportData(
         title=f"{folder.path.resolve().name}: {plan.method} on {recipe.model.name}",
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -17,10 +17,9 @@ from graftlm.evaluation.compare import compare, forgetting
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.verdict import verdict
-from graftlm.formats.layout import CONFIG, FOLDER
+from graftlm.formats.layout import CONFIG
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.adapter_set import AdapterSet
-from graftlm.methods.attach import attach
 from graftlm.methods.resolve import resolve
 from graftlm.models.generate import context_length
 from graftlm.models.load import load_model
@@ -45,6 +44,7 @@ from graftlm.verbs.progress import say
 from graftlm.verbs.proof import Proof, prove
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
 from graftlm.verbs.run_report import report_data
+from graftlm.verbs.start import attach_started
 
 NAME = "default"
 PROBES = 8
@@ -162,7 +162,6 @@ class Tuning:
     def _attach(self) -> AdapterSet:
         recipe = self.recipe
         seed_everything(recipe.train.seed)  # the adapter's start is random, and belongs to the recipe
-        adapters = attach(self.model, recipe.method.config, NAME, storage=FOLDER)
         self.batches = Batches(
             self.dataset.train,
             rows_per_batch=recipe.train.per_device_train_batch_size,
@@ -171,6 +170,7 @@ class Tuning:
             seed=recipe.train.seed,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        adapters = attach_started(self.model, recipe.method.config, NAME, self.batches)
         self.objective = SftObjective(self.model)
         self.recompute = use_checkpointing(self.model, recipe)
         self.plan = make_plan(

@@ -1,0 +1,174 @@
+"""DoRA: LoRA for the directions of a weight's rows, trained magnitudes for their lengths (arXiv 2402.09353).
+
+y = m / |W + s B A| * (W x + s B A x) + bias        |.| per row, a constant for gradients as in the paper
+
+The base layer computes W x as it always does, and B A is never formed: the squared length of a row is
+|W_o|^2 + 2 s B_o . (W A^T)_o + s^2 B_o (A A^T) B_o^T. A row of zeros, of length 0, stays a row of zeros.
+
+Dropout acts on the input of B A alone, as in LoRA. (PEFT also drops inputs of the part of W x that the
+magnitudes add.) Without dropout the two agree.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.kernels.ops import dora_add, row_products
+from graftlm.methods.base import Dense, Part, SiteAdapter
+from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.quant.weights import WeightHandle
+
+
+class DoraLinear(SiteAdapter):
+    """A LoRA of one linear layer with trained lengths of the rows. Shape: magnitude [out]."""
+
+    output_side: ClassVar[tuple[str, ...]] = (*(f"lora.{n}" for n in LoraLinear.output_side), "magnitude")
+
+    def __init__(self, lora: LoraLinear, weight: Tensor) -> None:
+        """`weight` [out, in] is the base's; the adapted layer starts with the lengths that its rows have."""
+        super().__init__()
+        self.lora = lora
+        self._rows = KnownRows()
+        a, b = lora.factors()
+        self.magnitude = nn.Parameter(lengths(*row_products(weight, a), a, b, lora.scaling))
+
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lora, y = self.lora, base(x, *args, **kwargs)
+        a, b = lora.factors()
+        bias = getattr(base, "bias", None)
+        squares, products = self._rows.products(base, WeightHandle(base).weight(), a)
+        y = dora_add(
+            y,
+            x.to(y.dtype),
+            a,
+            b,
+            gain(self.magnitude, lengths(squares, products, a, b, lora.scaling)),
+            None if bias is None else bias.detach().to(y.dtype),
+            scale=lora.scaling,
+            dropout=lora.dropout if self.training else 0.0,
+        )
+        return y if lora.shift is None else lora.shift.post(x, y)
+
+    def saved(self) -> dict[str, Tensor]:
+        return _saved(self.lora, self.magnitude)
+
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        _load_saved(self.lora, self.magnitude, tensors)
+
+    def merged(self, dense: Dense) -> dict[str, Tensor]:
+        changed = self.lora.merged(dense)
+        norms = torch.linalg.vector_norm(changed["weight"], dim=1)
+        return {**changed, "weight": changed["weight"] * gain(self.magnitude, norms).unsqueeze(1)}
+
+
+class DoraEmbedding(SiteAdapter):
+    """A LoRA of one embedding with trained lengths of the table's columns. Shape: magnitude [dim]."""
+
+    output_side: ClassVar[tuple[str, ...]] = (*(f"lora.{n}" for n in LoraEmbedding.output_side), "magnitude")
+
+    def __init__(self, lora: LoraEmbedding, table: Tensor) -> None:
+        """`table` [vocabulary, dim] is the base's."""
+        super().__init__()
+        self.lora = lora
+        self._rows = KnownRows()
+        a, b = lora.factors()
+        self.magnitude = nn.Parameter(lengths(*row_products(table.t(), a), a, b, lora.scaling))
+
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = base(x, *args, **kwargs)
+        a, b = self.lora.factors()
+        squares, products = self._rows.products(base, WeightHandle(base).weight().t(), a)
+        change = gain(self.magnitude, lengths(squares, products, a, b, self.lora.scaling)) - 1
+        total = y + self.lora.update(x).to(y.dtype)
+        return torch.addcmul(total, total, change.to(y.dtype))
+
+    def saved(self) -> dict[str, Tensor]:
+        return _saved(self.lora, self.magnitude)
+
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        _load_saved(self.lora, self.magnitude, tensors)
+
+    def merged(self, dense: Dense) -> dict[str, Tensor]:
+        table = self.lora.merged(dense)["weight"]
+        return {"weight": table * gain(self.magnitude, torch.linalg.vector_norm(table, dim=0))}
+
+
+@torch.no_grad()
+def lengths(squares: Tensor, products: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Lengths of the rows of W + scale * B A, a constant for autograd.
+
+    Shapes: squares [N] and products [N, r] as `row_products` gives them, a [r, K], b [N, r] -> [N].
+    """
+    a, b = a.to(products.dtype), b.to(products.dtype)
+    device = "cpu" if products.is_meta else products.device.type
+    with torch.autocast(device, enabled=False):  # it would compute the products in 16 bits
+        crossed = products * (2 * scale) + (b @ (a @ a.t())) * scale**2
+    return (squares + (b * crossed).sum(1)).clamp_min(0.0).sqrt()
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """The factor on every row of the changed weight; 0 where there is nothing to scale.
+
+    >>> gain(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+    tensor([1.5000, 0.0000])
+    """
+    return magnitude.to(norms.dtype) / norms.masked_fill(norms == 0, 1.0)
+
+
+def _saved(lora: Part, magnitude: Tensor) -> dict[str, Tensor]:
+    return {f"lora.{name}": tensor for name, tensor in lora.saved().items()} | {
+        "magnitude": magnitude.detach()
+    }
+
+
+@torch.no_grad()
+def _load_saved(lora: Part, magnitude: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    names = {f"lora.{name}": name for name in lora.saved()}
+    lora.load_saved({names[key]: tensor for key, tensor in tensors.items() if key in names})
+    if "magnitude" in tensors:
+        magnitude.copy_(tensors["magnitude"])
+
+
+class KnownRows:
+    """`row_products` of one base layer, remembered while what they come from has not changed.
+
+    The squares hold as long as the weight is the same parameter in the same version. The products change
+    with A, that is with every step of training; without gradients (generation, evaluation) they are kept
+    too, which saves r times the work of the layer itself for every token that is generated.
+    """
+
+    def __init__(self) -> None:
+        self._parameter: Callable[[], nn.Parameter | None] = lambda: None
+        self._key: tuple[Any, ...] = ()
+        self._squares = torch.empty(0)
+        self._a: Tensor | None = None
+        self._products = torch.empty(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy remembers nothing: it belongs to the copy of the base."""
+        return KnownRows, ()
+
+    def products(self, base: nn.Module, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """(squares, products) of `weight`, which is the oriented weight of `base`."""
+        parameter = base.get_parameter("weight")
+        if torch.compiler.is_compiling() or parameter.is_meta or parameter.is_inference():
+            return row_products(weight, a)
+        key = (parameter._version, parameter.data_ptr(), parameter.dtype)
+        is_known = self._parameter() is parameter and self._key == key
+        if is_known and self._a is not None and _is_equal(a, self._a):
+            return self._squares, self._products
+        squares, products = row_products(weight, a, need_squares=not is_known)
+        if not is_known:
+            self._parameter, self._key, self._squares = weakref.ref(parameter), key, squares
+        self._a = None if torch.is_grad_enabled() else a.detach().clone()
+        self._products = products if self._a is not None else torch.empty(0)
+        return self._squares, products
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
