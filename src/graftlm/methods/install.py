@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from graftlm.methods.attention_gate import AttentionAdapter, AttentionGate
 from graftlm.methods.base import ModelAdapter, Part, SiteAdapter
 from graftlm.methods.gate import Gate
+from graftlm.methods.hooked import HookedPlace
 from graftlm.methods.place import Composition, Place
 from graftlm.methods.site import Site
 
@@ -18,7 +20,7 @@ class Installation:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.sites: dict[str, Site] = {}
-        self.gates: dict[str, Gate] = {}
+        self.gates: dict[str, HookedPlace] = {}
         self._holders = _holders(model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._trained: frozenset[str] = frozenset()
@@ -40,7 +42,7 @@ class Installation:
         for path, part in parts.items():
             part.requires_grad_(False)
             if isinstance(part, ModelAdapter):
-                self._gate(path).put(name, part)
+                self._gate(path, part).put(name, part)
             else:
                 assert isinstance(part, SiteAdapter)
                 self._site(path).put(name, part)
@@ -91,10 +93,11 @@ class Installation:
             self._place(path, self.sites[path])
         return self.sites[path]
 
-    def _gate(self, path: str) -> Gate:
+    def _gate(self, path: str, part: ModelAdapter) -> HookedPlace:
         if path not in self.gates:
-            self.gates[path] = Gate(self.model, path)
-            self.gates[path].install()
+            kind = AttentionGate if isinstance(part, AttentionAdapter) else Gate
+            self.gates[path] = kind(self.model, path)
+            self.gates[path].install(self.model)
         return self.gates[path]
 
     def _clear(self, path: str, place: Place) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,21 +80,36 @@ def resolve(model: nn.Module, config: MethodConfig, *, sites: Collection[str] = 
         path: maker for path, maker in config.places(model).items() if not _is_inside(path, blocks)
     }
     makers |= {path: _copy for path in owners(modules) if _is_inside(path, blocks)}
-    placements = tuple(_place(Layer(path, modules[path]), makers[path]) for path in modules if path in makers)
+    layers = [Layer(path, modules[path]) for path in modules if path in makers]
+    placements = tuple(_placements(config, layers, makers))
     _refuse_nesting(placements, sites)
     return Resolution(config, placements)
 
 
-def _place(layer: Layer, make: Maker) -> Placement:
-    """Count parameters by building on the meta device, where nothing takes memory."""
-    stand_ins = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in layer.module.parameters()
-    }
+def _placements(
+    config: MethodConfig, layers: Sequence[Layer], makers: Mapping[str, Maker]
+) -> Iterator[Placement]:
+    """Count parameters by building on the meta device, where nothing takes memory; shared ones count once."""
+    stand_ins: dict[int, nn.Parameter] = {}
+    parts = {layer.path: _on_meta(layer, makers[layer.path], stand_ins) for layer in layers}
+    config.link(parts)
+    counted: set[int] = set()
+    for layer in layers:
+        part = parts[layer.path]
+        own = {id(p): p.numel() for p in part.parameters() if id(p) not in counted}
+        counted |= own.keys()
+        yield Placement(layer, sum(own.values()), isinstance(part, ModelAdapter), makers[layer.path])
+
+
+def _on_meta(layer: Layer, make: Maker, stand_ins: dict[int, nn.Parameter]) -> Part:
+    """The part without memory; `stand_ins` of the base's parameters, which layers may share, by their id."""
+    own = list(layer.module.parameters())
+    for p in own:
+        if id(p) not in stand_ins:
+            meta = torch.empty_like(p, device="meta")
+            stand_ins[id(p)] = nn.Parameter(meta, requires_grad=p.requires_grad)
     with torch.device("meta"):
-        part = make(Layer(layer.path, copy.deepcopy(layer.module, stand_ins)))
-    count = sum(p.numel() for p in part.parameters())
-    return Placement(layer, count, isinstance(part, ModelAdapter), make)
+        return make(Layer(layer.path, copy.deepcopy(layer.module, {id(p): stand_ins[id(p)] for p in own})))
 
 
 def _copy(layer: Layer) -> Part:
