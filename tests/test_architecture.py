@@ -31,6 +31,7 @@ RANKS = {
     "verbs": 9,
     "api": 10,
     "cli": 11,
+    "testing": 12,
     "__init__": 12,
     "__main__": 12,
 }

@@ -58,9 +58,7 @@ def test_every_python_block_of_a_how_to_runs(page: Path, tmp_path: Path) -> None
     text = page.read_text(encoding="utf-8")
     script = tmp_path / "blocks.py"
     script.write_text("\n".join(blocks("python", text)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=clean()
-    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=clean())
     assert done.returncode == 0, done.stderr
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / link).exists(), link

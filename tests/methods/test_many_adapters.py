@@ -1,4 +1,4 @@
-"""Adding one more adapter costs what the first did: counted in function calls, which no busy machine shifts."""
+"""One more adapter costs what the first did: counted in function calls, which no busy machine shifts."""
 
 from __future__ import annotations
 

@@ -12,12 +12,13 @@ import transformers
 from torch import nn
 
 from graftlm.core.errors import AdapterError, TargetError
+from graftlm.methods.copies import FullCopy
 from graftlm.methods.families import roles_of
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.resolve import resolve
 from graftlm.methods.targets import select
 
-from .tiny import DECODER, KINDS, graft, snapshot, tiny
+from .tiny import DECODER, KINDS, batch, graft, logits, snapshot, stir, tiny
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QKVO = "q_proj k_proj v_proj o_proj"
@@ -237,18 +238,46 @@ def test_resolving_is_pure_and_counts_exactly() -> None:
 
 
 def test_targets_inside_a_full_copy_are_part_of_the_copy() -> None:
-    model = tiny("roberta")
-    config = LoraConfig(r=2, target_modules=("query", "dense"), modules_to_save=("classifier",))
-    paths = resolve(model, config).paths
-    assert "classifier" in paths and "classifier.dense" not in paths
+    adapters = graft(
+        tiny("roberta"),
+        LoraConfig(r=2, target_modules=("query", "dense"), modules_to_save=("classifier",)),
+    )
+    parts = adapters.parts("default")
+    copied = [path for path, part in parts.items() if isinstance(part, FullCopy)]
+    assert copied == ["classifier.dense", "classifier.out_proj"], "layer by layer, and no LoRA upon them"
+
+
+def test_a_copy_and_a_lora_of_the_same_layer_are_two_adapters_like_others() -> None:
+    model, inputs = tiny("roberta"), batch("roberta")
+    adapters = graft(model, LoraConfig(r=2, target_modules=("classifier.dense",)), "inner")
+    adapters.add("outer", LoraConfig(r=2, target_modules=("query",), modules_to_save=("classifier",)))
+    stir(adapters, "inner")
+    stir(adapters, "outer", seed=1)
+    with adapters.activated("outer"):
+        outer = logits(model, inputs)
+    adapters.activate(["inner", "outer"])
+    assert not torch.allclose(logits(model, inputs), outer)
+
+
+class Owner(nn.Module):
+    """A module with a parameter of its own around a layer: a copy of it is a copy of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x) * self.scale
+        return out
 
 
 def test_one_adapter_inside_the_full_copy_of_another_is_refused() -> None:
-    model = tiny("roberta")
-    adapters = graft(model, LoraConfig(r=2, target_modules=("classifier.dense",)), "inner")
+    model = nn.Sequential(nn.Linear(4, 4), Owner())
+    adapters = graft(model, LoraConfig(r=2, target_modules=("inner",)), "inner")
     unchanged = snapshot(model)
-    with pytest.raises(AdapterError, match=r"classifier\.dense lies inside classifier"):
-        adapters.add("outer", LoraConfig(r=2, target_modules=("query",), modules_to_save=("classifier",)))
+    with pytest.raises(AdapterError, match=r"1\.inner lies inside 1"):
+        adapters.add("outer", LoraConfig(r=2, target_modules=("0",), modules_to_save=("1",)))
     unchanged()
 
 

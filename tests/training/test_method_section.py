@@ -31,7 +31,8 @@ def test_every_method_of_the_table_has_a_type() -> None:
 
 
 def test_what_is_written_wins_over_a_type() -> None:
-    assert Method.parse({"type": "prefix", "prefix_projection": False}).as_dict()["prefix_projection"] is False
+    method = Method.parse({"type": "prefix", "prefix_projection": False})
+    assert method.as_dict()["prefix_projection"] is False
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 SHARED_BY_ROWS = ("relative_attention_bias", "embed_positions")
-"""Ends of paths of layers that are called once for the whole batch, so that no row has an output of its own."""
+"""Ends of paths of layers that are called once for the whole batch: no row has an output of its own."""
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What every method must do, as checks that anybody can run on a method of their own."""
