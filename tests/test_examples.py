@@ -53,7 +53,7 @@ def test_the_recipe_shows_defaults(repository: Path) -> None:
     text = path.read_text(encoding="utf-8").splitlines()
     said = {line.partition(":")[0].strip() for line in text if "#" in line and "(" in line.partition("#")[2]}
     for section in ("data", "method", "train", "eval", "output"):
-        values, defaults = getattr(recipe, section).model_dump(), getattr(least, section).model_dump()
+        values, defaults = recipe.model_dump()[section], least.model_dump()[section]
         for key, value in values.items():
             if key not in said and f"{section}.{key}" != "train.gradient_accumulation_steps":
                 assert value == defaults[key], f"{section}.{key}"

@@ -14,7 +14,7 @@ import pytest
 from graftlm.cli.main import app
 from graftlm.core.version import __version__
 
-VERBS = ("demo", "tune", "check", "eval", "merge", "chat", "env")
+VERBS = ("demo", "tune", "check", "eval", "merge", "combine", "chat", "env")
 OPTIONS = {
     "demo": {"--out"},
     "tune": {"--model", "--method", "--task", "--out", "--set", "--resume"},

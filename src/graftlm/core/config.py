@@ -132,7 +132,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(config: BaseModel) -> str:
     """YAML text with every effective value, in field order."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) == values:
+        return text
+    return yaml.safe_dump(values, sort_keys=False)  # a few control characters survive only when escaped
 
 
 def override(mapping: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

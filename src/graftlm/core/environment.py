@@ -31,6 +31,7 @@ EXTRAS = {
     "search": ("optuna",),
     "serve": ("fastapi", "uvicorn", "prometheus-client"),
     "track": ("tensorboard", "wandb", "mlflow"),
+    "peft": ("peft",),
 }
 """The optional parts of the package; a test holds them equal to `pyproject.toml`."""
 

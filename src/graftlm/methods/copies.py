@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from graftlm.methods.base import Dense, Part, SiteAdapter
+from graftlm.methods.site import parents
 from graftlm.quant.weights import WeightHandle
 
 
@@ -34,12 +35,12 @@ class FullCopy(SiteAdapter):
 
 def owners(modules: Mapping[str, nn.Module]) -> list[str]:
     """The outermost modules that hold parameters themselves; a copy of one includes what is inside."""
-    owners: list[str] = []
+    owners: dict[str, nn.Module] = {}
     for path, module in modules.items():
         holds = any(parameter is not None for parameter in module._parameters.values())
-        if path and holds and not any(path.startswith(f"{other}.") for other in owners):
-            owners.append(path)
-    return owners
+        if path and holds and owners.keys().isdisjoint(parents(path)):
+            owners[path] = module
+    return list(owners)
 
 
 def keep_ties(parts: Iterable[Part]) -> None:

@@ -13,7 +13,7 @@ from graftlm.core.errors import AdapterError
 from graftlm.methods import targets
 from graftlm.methods.base import Layer, Maker, MethodConfig, ModelAdapter, Part
 from graftlm.methods.copies import FullCopy, owners
-from graftlm.methods.site import base_modules
+from graftlm.methods.site import base_modules, parents
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _refuse_nesting(placements: Sequence[Placement], existing: Collection[str]) 
     """A site of one adapter inside the full copy of another would be bypassed where the copy answers."""
     paths = [placement.path for placement in placements if not placement.is_of_stack]
     mine = set(paths)
-    nested = [(p, outer) for p in paths for outer in _parents(p) if outer in mine or outer in existing]
-    nested += [(p, outer) for p in existing for outer in _parents(p) if outer in mine]
+    nested = [(p, outer) for p in paths for outer in parents(p) if outer in mine or outer in existing]
+    nested += [(p, outer) for p in existing for outer in parents(p) if outer in mine]
     if nested:
         raise AdapterError(
             "Some targets lie inside others.",
@@ -133,8 +133,3 @@ def _refuse_nesting(placements: Sequence[Placement], existing: Collection[str]) 
             meaning="A module that one adapter copies whole cannot be adapted layer by layer by another.",
             fix="Take the outer module out of modules_to_save, or exclude the inner one.",
         )
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]

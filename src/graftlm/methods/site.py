@@ -188,6 +188,16 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(_walk(model, "", seen))
 
 
+def parents(path: str) -> list[str]:
+    """Paths of the modules around one, from the outside in.
+
+    >>> parents("model.layers.0")
+    ['model', 'model.layers']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """Like `named_modules`, but never into adapters, of which there may be many."""
     if isinstance(module, Site):
