@@ -14,7 +14,7 @@ import pytest
 from graftlm.cli.main import app
 from graftlm.core.version import __version__
 
-VERBS = ("demo", "tune", "check", "eval", "merge", "combine", "chat", "env")
+VERBS = ("demo", "tune", "check", "eval", "merge", "chat", "combine", "env")
 OPTIONS = {
     "demo": {"--out"},
     "tune": {"--model", "--method", "--task", "--out", "--set", "--resume"},
@@ -22,6 +22,7 @@ OPTIONS = {
     "eval": {"--data", "--against", "--base", "--limit"},
     "merge": {"--out", "--base", "--dtype"},
     "chat": {"--base", "--prompt", "--max-new-tokens"},
+    "combine": {"--base", "--density", "--how", "--majority-sign", "--out", "--rank", "--seed"},
     "env": set(),
 }
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from graftlm.core.errors import FormatError
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach, attach_folder
-from graftlm.methods.eva import initialise_from_data
 from graftlm.methods.lora import LoraConfig
+from graftlm.methods.starts.eva import initialise_from_data
 from graftlm.methods.tokens import TrainableTokensConfig
 
 from ..methods.test_experts import EXPERTS, mixture

@@ -17,9 +17,9 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import attach, attach_folder
 from graftlm.methods.base import MethodConfig
 from graftlm.methods.bottleneck import BottleneckConfig
-from graftlm.methods.combine import base_values, combine, combined
-from graftlm.methods.combine_mixing import Mixing
-from graftlm.methods.combine_terms import Term
+from graftlm.methods.combining.combine import base_values, combine, combined
+from graftlm.methods.combining.mixing import Mixing
+from graftlm.methods.combining.terms import Term
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig

@@ -12,8 +12,8 @@ from torch import Tensor
 from graftlm.core.errors import ConfigError, ModelError, TargetError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.prefix import PrefixTuningConfig
-from graftlm.methods.real_prefix import real_states
-from graftlm.methods.stacks import key_values, stack_path, task_of
+from graftlm.methods.virtual.real_prefix import real_states
+from graftlm.methods.virtual.stacks import key_values, stack_path, task_of
 from graftlm.models.load import load_model
 from graftlm.models.sprout import sprout_folder
 

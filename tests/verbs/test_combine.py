@@ -24,7 +24,7 @@ from graftlm.core.errors import AdapterError, ConfigError, FormatError, GraftErr
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach, attach_folder
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.combine import combine as combine_in_model
+from graftlm.methods.combining.combine import combine as combine_in_model
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig

@@ -23,7 +23,7 @@ from graftlm.methods.patterns import matches, order_free
 from graftlm.methods.site import base_modules
 from graftlm.methods.table import method
 from graftlm.methods.targets import named, select
-from graftlm.methods.virtual_config import VirtualTokensConfig
+from graftlm.methods.virtual.config import VirtualTokensConfig
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 8}, "IA3": {}}
 """What PEFT means where a file leaves a field out, as far as it differs from our defaults."""

@@ -17,7 +17,7 @@ from graftlm.methods.experts import ParameterLora
 from graftlm.methods.ia3 import IA3Output
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
 from graftlm.methods.tokens import NestedTokenRows
-from graftlm.methods.virtual_tokens import CacheTokens, InputTokens
+from graftlm.methods.virtual.rows import CacheTokens, InputTokens
 
 PREFIX = "base_model.model."
 SHORT_PREFIX = "base_model."

@@ -20,7 +20,7 @@ from graftlm.formats.layout import CONFIG, EXTRA, SCHEMA, TENSORS, read_folder
 from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, SUFFIXES
 from graftlm.methods.base import MethodConfig, Part
 from graftlm.methods.bias import BiasShift
-from graftlm.methods.combine_terms import COPY, PlainAdapter
+from graftlm.methods.combining.terms import COPY, PlainAdapter
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config, IA3Output
 from graftlm.methods.lora import LoraConfig

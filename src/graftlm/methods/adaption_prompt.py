@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core.errors import TargetError
-from graftlm.methods.attention_gate import AttentionAdapter
 from graftlm.methods.base import Layer, Maker, MethodConfig
 from graftlm.methods.families import blocks_of
 from graftlm.methods.site import Site, base_modules
+from graftlm.methods.virtual.attention_gate import AttentionAdapter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

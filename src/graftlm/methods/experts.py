@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import TargetError
 from graftlm.methods.base import Dense, Layer, Maker, WeightAdapter
-from graftlm.methods.initialise import start
 from graftlm.methods.site import base_modules
+from graftlm.methods.starts.initialise import start
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from graftlm.methods.attention_gate import AttentionAdapter, AttentionGate
 from graftlm.methods.base import ModelAdapter, Part, SiteAdapter
-from graftlm.methods.gate import Gate
-from graftlm.methods.hooked import HookedPlace
 from graftlm.methods.place import Composition, Place
 from graftlm.methods.site import Site
+from graftlm.methods.virtual.attention_gate import AttentionAdapter, AttentionGate
+from graftlm.methods.virtual.gate import Gate
+from graftlm.methods.virtual.hooked import HookedPlace
 
 
 class Installation:

@@ -20,7 +20,11 @@ from graftlm.methods.bias import BiasShift, has_bias
 from graftlm.methods.dora import DoraEmbedding, DoraLinear
 from graftlm.methods.experts import Update, parameter_paths, parameter_places
 from graftlm.methods.families import is_linear
-from graftlm.methods.initialise import (
+from graftlm.methods.layer_config import LayerConfig
+from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.methods.patterns import check_expressions, require_matches, value_at
+from graftlm.methods.site import base_modules
+from graftlm.methods.starts.initialise import (
     EvaConfig,
     checked,
     doubled,
@@ -28,10 +32,6 @@ from graftlm.methods.initialise import (
     say_eva_needs_data,
     subtracts,
 )
-from graftlm.methods.layer_config import LayerConfig
-from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
-from graftlm.methods.patterns import check_expressions, require_matches, value_at
-from graftlm.methods.site import base_modules
 from graftlm.methods.tokens import Indices, NestedTokenRows, checked_ids, link_tied, token_places
 
 NO_TARGET = "names no module; use 'all-linear', a role, or module names"
@@ -68,7 +68,7 @@ class LoraConfig(LayerConfig):
     init_lora_weights: bool | str = True
     """True: Kaiming-uniform A, zero B. `gaussian`: normal A, deviation 1/r. `orthogonal`: neither zero, their
     product is. `pissa`, `pissa_niter_N`, `olora`: from the base's weight, which stays as it is. `eva`: from
-    data (`methods.eva`). False: both random (tests)."""
+    data (`methods.starts.eva`). False: both random (tests)."""
     eva_config: EvaConfig | None = None
     """How `eva` reads data."""
     trainable_token_indices: Indices | dict[str, Indices] | None = None

@@ -16,7 +16,7 @@ from graftlm.core.errors import MergeError
 from graftlm.kernels.ops import low_rank_add
 from graftlm.methods.base import Dense, LayerAdapter
 from graftlm.methods.bias import BiasShift
-from graftlm.methods.initialise import Origin, start, start_of_table
+from graftlm.methods.starts.initialise import Origin, start, start_of_table
 
 
 class LoraLinear(LayerAdapter):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import MergeError
 from graftlm.methods.base import Dense
-from graftlm.methods.hooked import HookedPlace
 from graftlm.methods.site import Site
+from graftlm.methods.virtual.hooked import HookedPlace
 from graftlm.quant.weights import WeightHandle
 
 

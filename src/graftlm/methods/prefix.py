@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import TargetError
 from graftlm.methods.base import Layer, Maker
-from graftlm.methods.real_prefix import real_states
-from graftlm.methods.stacks import KeyValues, argument_names, is_encoder_decoder, key_values, stack_path
-from graftlm.methods.text_tokens import token_ids
-from graftlm.methods.virtual_config import VirtualTokensConfig
-from graftlm.methods.virtual_tokens import CacheTokens
+from graftlm.methods.virtual.config import VirtualTokensConfig
+from graftlm.methods.virtual.real_prefix import real_states
+from graftlm.methods.virtual.rows import CacheTokens
+from graftlm.methods.virtual.stacks import (
+    KeyValues,
+    argument_names,
+    is_encoder_decoder,
+    key_values,
+    stack_path,
+)
+from graftlm.methods.virtual.text import token_ids
 
 
 class PrefixTuningConfig(VirtualTokensConfig):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from graftlm.core.errors import TargetError
 from graftlm.methods.base import Layer, Maker
 from graftlm.methods.site import Site
-from graftlm.methods.stacks import argument_names, is_encoder_decoder, stack_path
-from graftlm.methods.text_tokens import token_ids
-from graftlm.methods.virtual_config import VirtualTokensConfig
-from graftlm.methods.virtual_tokens import InputTokens
+from graftlm.methods.virtual.config import VirtualTokensConfig
+from graftlm.methods.virtual.rows import InputTokens
+from graftlm.methods.virtual.stacks import argument_names, is_encoder_decoder, stack_path
+from graftlm.methods.virtual.text import token_ids
 
 
 class PromptTuningConfig(VirtualTokensConfig):

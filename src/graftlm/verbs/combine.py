@@ -20,9 +20,9 @@ from graftlm.formats.without_model import (
     write_files,
 )
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.combine import combined, is_copy_of_one
-from graftlm.methods.combine_mixing import Mixing
-from graftlm.methods.combine_terms import Combination, Term
+from graftlm.methods.combining.combine import combined, is_copy_of_one
+from graftlm.methods.combining.mixing import Mixing
+from graftlm.methods.combining.terms import Combination, Term
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.site import base_modules
 from graftlm.models.load import load_model

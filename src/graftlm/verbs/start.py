@@ -9,8 +9,8 @@ from graftlm.formats.layout import FOLDER
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import attach
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.eva import eva_start
 from graftlm.methods.lora import LoraConfig
+from graftlm.methods.starts.eva import eva_start
 from graftlm.objectives.sft import attention_of
 
 BATCHES = 16

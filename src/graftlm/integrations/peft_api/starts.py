@@ -15,11 +15,11 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig, Part
 from graftlm.methods.dora import DoraEmbedding, DoraLinear
 from graftlm.methods.ia3 import IA3Config, IA3Input, IA3Output
-from graftlm.methods.initialise import orthogonal
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
 from graftlm.methods.prefix import Prefix, PrefixTuningConfig
 from graftlm.methods.prompt import Prompt, PromptTuningConfig
+from graftlm.methods.starts.initialise import orthogonal
 
 Init = bool | str
 

@@ -10,7 +10,7 @@ from graftlm.core.errors import ConfigError
 from graftlm.integrations.peft_api.configs import BY_TYPE, PeftConfig
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.combine import combine
+from graftlm.methods.combining.combine import combine
 
 WAYS: Mapping[str, str] = {
     "svd": "svd",

@@ -16,11 +16,11 @@ from torch import Tensor
 from graftlm.core.errors import AdapterError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.combine_lora import combined_lora
-from graftlm.methods.combine_mixing import Mixing
-from graftlm.methods.combine_terms import BaseValue, Combination, PlainAdapter, Term
-from graftlm.methods.combine_tokens import combined_tokens
-from graftlm.methods.combine_values import combined_full, combined_ia3
+from graftlm.methods.combining.lora import combined_lora
+from graftlm.methods.combining.mixing import Mixing
+from graftlm.methods.combining.terms import BaseValue, Combination, PlainAdapter, Term
+from graftlm.methods.combining.tokens import combined_tokens
+from graftlm.methods.combining.values import combined_full, combined_ia3
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from graftlm.core.errors import TargetError
 from graftlm.methods.place import Place
-from graftlm.methods.stacks import KeyValues
+from graftlm.methods.virtual.stacks import KeyValues
 
 
 @torch.no_grad()

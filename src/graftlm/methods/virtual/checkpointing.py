@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache
 
 from graftlm.core.errors import ModelError
-from graftlm.methods.stacks import argument_names
+from graftlm.methods.virtual.stacks import argument_names
 
 FUNCTION = "_gradient_checkpointing_func"
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")

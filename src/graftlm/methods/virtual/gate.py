@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from graftlm.methods import checkpointing
-from graftlm.methods.attention_masks import with_columns
-from graftlm.methods.hooked import HookedPlace
-from graftlm.methods.prefix_cache import is_filled
 from graftlm.methods.site import Site
-from graftlm.methods.stacks import argument_names, facts_of
-from graftlm.methods.virtual_call import Arguments, Call, begin
-from graftlm.methods.virtual_output import without_front
-from graftlm.methods.virtual_tokens import Rows, rows_of
+from graftlm.methods.virtual import checkpointing
+from graftlm.methods.virtual.cache import is_filled
+from graftlm.methods.virtual.call import Arguments, Call, begin
+from graftlm.methods.virtual.hooked import HookedPlace
+from graftlm.methods.virtual.masks import with_columns
+from graftlm.methods.virtual.output import without_front
+from graftlm.methods.virtual.rows import Rows, rows_of
+from graftlm.methods.virtual.stacks import argument_names, facts_of
 
 
 class Gate(HookedPlace):

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import ConfigError, DataError
 from graftlm.core.notices import forget_notices, notices_to
-from graftlm.methods import eva
-from graftlm.methods.eva import eva_start, initialise_from_data
-from graftlm.methods.initialise import EvaConfig
-from graftlm.methods.input_space import InputSpace
-from graftlm.methods.layer_inputs import base_alone, observe, shared_inputs
 from graftlm.methods.lora import LoraConfig
+from graftlm.methods.starts import eva
+from graftlm.methods.starts.eva import eva_start, initialise_from_data
+from graftlm.methods.starts.initialise import EvaConfig
+from graftlm.methods.starts.input_space import InputSpace
+from graftlm.methods.starts.layer_inputs import base_alone, observe, shared_inputs
 
-from .test_experts import mixture
-from .tiny import batch, graft, logits, snapshot, stir, tiny
+from ..test_experts import mixture
+from ..tiny import batch, graft, logits, snapshot, stir, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
 

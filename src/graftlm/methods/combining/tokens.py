@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graftlm.core.errors import AdapterError
-from graftlm.methods.combine_mixing import Mixing
-from graftlm.methods.combine_terms import (
+from graftlm.methods.combining.mixing import Mixing
+from graftlm.methods.combining.terms import (
     BaseValue,
     Combination,
     PlainAdapter,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graftlm.methods import combine_factors
-from graftlm.methods.combine_factors import Factors, approximated, reduced, weighted_sum
+from graftlm.methods.combining import factors as module
+from graftlm.methods.combining.factors import Factors, approximated, reduced, weighted_sum
 
 sides = st.integers(1, 24)
 ranks = st.integers(1, 9)
@@ -81,7 +81,7 @@ def test_a_large_matrix_is_cut_by_projection_nearly_as_well(monkeypatch: pytest.
     noise = factors(2, 300, 200, 200).dense() / 14
     dense = 3 * factors(1, 300, 200, 4).dense() + noise
     exact = approximated(dense, 8)
-    monkeypatch.setattr(combine_factors, "EXACT_SIDE", 10)
+    monkeypatch.setattr(module, "EXACT_SIDE", 10)
     found = approximated(dense, 8)
     assert found.kept == pytest.approx(float(found.factors.dense().square().sum()), rel=1e-9)
     assert 0.999 * exact.kept < found.kept <= exact.kept

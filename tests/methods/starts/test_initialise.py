@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from graftlm.core.errors import ConfigError
 from graftlm.core.notices import forget_notices, notices_to
-from graftlm.methods.initialise import Origin, olora, orthogonal, pissa, pissa_fast, start
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.methods.starts.initialise import Origin, olora, orthogonal, pissa, pissa_fast, start
 
-from .tiny import batch, graft, logits, stir, tiny
+from ..tiny import batch, graft, logits, stir, tiny
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",

@@ -15,8 +15,8 @@ from graftlm.core.errors import AdapterError, ConfigError, GraftError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
 from graftlm.methods.bottleneck import BottleneckConfig
-from graftlm.methods.combine import COMBINERS, combine
-from graftlm.methods.combine_mixing import Mixing
+from graftlm.methods.combining.combine import COMBINERS, combine
+from graftlm.methods.combining.mixing import Mixing
 from graftlm.methods.full import FullConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig
@@ -24,7 +24,7 @@ from graftlm.methods.table import METHODS
 from graftlm.methods.tokens import TrainableTokensConfig
 from graftlm.quant.weights import WeightHandle
 
-from .tiny import batch, graft, logits, snapshot, stir, tiny
+from ..tiny import batch, graft, logits, snapshot, stir, tiny
 
 LLAMA = ("q_proj", "v_proj", "down_proj")
 

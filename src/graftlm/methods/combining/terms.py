@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftlm.core.errors import AdapterError, ConfigError
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.combine_mixing import Mixing
+from graftlm.methods.combining.mixing import Mixing
 
 BaseValue = Callable[[str, str], Tensor]
 """(module path, parameter name) -> the base's own value there.

@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from graftlm.core.errors import ConfigError
-from graftlm.methods.combine_mixing import Mixing, dropped, largest
+from graftlm.methods.combining.mixing import Mixing, dropped, largest
 
 densities = st.floats(0.05, 0.95)
 positive = st.lists(st.floats(0.1, 3), min_size=1, max_size=4)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from graftlm.core.errors import AdapterError, ModelError
-from graftlm.methods.attention_masks import mask_of_packed, real_positions, virtual_positions, with_columns
-from graftlm.methods.checkpointing import is_checkpointed
-from graftlm.methods.prefix_cache import Recording, States, is_filled, new_cache, prefixed
-from graftlm.methods.stacks import Facts
-from graftlm.methods.virtual_output import in_order, without_front
-from graftlm.methods.virtual_tokens import Layout, Rows, joined
+from graftlm.methods.virtual.cache import Recording, States, is_filled, new_cache, prefixed
+from graftlm.methods.virtual.checkpointing import is_checkpointed
+from graftlm.methods.virtual.masks import mask_of_packed, real_positions, virtual_positions, with_columns
+from graftlm.methods.virtual.output import in_order, without_front
+from graftlm.methods.virtual.rows import Layout, Rows, joined
+from graftlm.methods.virtual.stacks import Facts
 
 HELD = "graft_virtual_states"
 """On a cache: keys and values of the input's virtual tokens, by group; the cache does not count them."""

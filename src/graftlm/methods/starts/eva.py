@@ -20,13 +20,13 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.dora import DoraLinear
 from graftlm.methods.experts import parameter_paths
 from graftlm.methods.families import is_linear
-from graftlm.methods.initialise import EvaConfig
-from graftlm.methods.input_space import InputSpace
-from graftlm.methods.layer_inputs import Batch, base_alone, observe, shared_inputs
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.low_rank import LoraLinear
 from graftlm.methods.patterns import value_at
 from graftlm.methods.site import base_modules
+from graftlm.methods.starts.initialise import EvaConfig
+from graftlm.methods.starts.input_space import InputSpace
+from graftlm.methods.starts.layer_inputs import Batch, base_alone, observe, shared_inputs
 from graftlm.methods.targets import named, select
 
 LIMIT = 200

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from graftlm.core.errors import AdapterError, ConfigError
-from graftlm.methods.combine_factors import Factors, Reduced, approximated, reduced, weighted_sum
-from graftlm.methods.combine_mixing import Mixing
-from graftlm.methods.combine_terms import (
+from graftlm.methods.combining.factors import Factors, Reduced, approximated, reduced, weighted_sum
+from graftlm.methods.combining.mixing import Mixing
+from graftlm.methods.combining.terms import (
     BaseValue,
     Combination,
     PlainAdapter,
@@ -33,7 +33,7 @@ from graftlm.methods.combine_terms import (
     stored_dtype,
     with_biases_in_copies,
 )
-from graftlm.methods.combine_tokens import ROWS, Asked, ids_in_common, mixed_rows
+from graftlm.methods.combining.tokens import ROWS, Asked, ids_in_common, mixed_rows
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.tokens import Indices
 

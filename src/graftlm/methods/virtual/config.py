@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.stacks import task_of
+from graftlm.methods.virtual.stacks import task_of
 
 
 class VirtualTokensConfig(MethodConfig):

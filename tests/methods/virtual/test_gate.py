@@ -16,7 +16,7 @@ from graftlm.methods.lora import LoraConfig
 from graftlm.methods.prefix import PrefixTuningConfig
 from graftlm.methods.prompt import PromptTuningConfig
 
-from .tiny import ENCODER_DECODERS, batch, graft, logits, snapshot, stir, tiny
+from ..tiny import ENCODER_DECODERS, batch, graft, logits, snapshot, stir, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
 

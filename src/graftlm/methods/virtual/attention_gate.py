@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlm.methods.base import ModelAdapter
-from graftlm.methods.hooked import HookedPlace
+from graftlm.methods.virtual.hooked import HookedPlace
 
 
 class AttentionAdapter(ModelAdapter):

@@ -1,0 +1,1 @@
+"""Where the factors of a LoRA begin."""

@@ -1,0 +1,1 @@
+"""Virtual tokens: what stands before the input of a whole stack of layers."""
