@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         "combine",
         epilog=examples(
             ("graft combine runs/a:0.7 runs/b:0.3 --out ab", "exact sum"),
-            ("graft combine runs/a runs/b:-0.5 --out less-b --rank 16", "subtract and cut"),
+            ("graft combine runs/a runs/b:-0.5 --out less-b --rank 16", "subtract, cut"),
             ("graft combine runs/a runs/b --out ab --how ties --density 0.3", "elect signs"),
         ),
     )(combine)
