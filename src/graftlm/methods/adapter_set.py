@@ -33,7 +33,7 @@ class AdapterSet:
     inactive, merged and inactive. Nothing here ever edits the base: `detach` puts back the very same modules.
     """
 
-    def __init__(self, model: nn.Module, storage: Storage) -> None:
+    def __init__(self, model: nn.Module, storage: Storage[AdapterSet]) -> None:
         self.model = model
         self._storage = storage
         self._installation = Installation(model)

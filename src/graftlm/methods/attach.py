@@ -18,7 +18,7 @@ def attach(
     config: MethodConfig,
     name: str = "default",
     *,
-    storage: Storage,
+    storage: Storage[AdapterSet],
     dtype: ParameterType = "float32",
 ) -> AdapterSet:
     """Add an adapter to a model. The first becomes active and trainable, and freezes the base; later ones
@@ -30,7 +30,9 @@ def attach(
     return _attached(model, name, storage, lambda adapters: adapters.add(name, config, dtype=dtype))
 
 
-def attach_folder(model: nn.Module, folder: Path, name: str = "default", *, storage: Storage) -> AdapterSet:
+def attach_folder(
+    model: nn.Module, folder: Path, name: str = "default", *, storage: Storage[AdapterSet]
+) -> AdapterSet:
     """Attach the adapter that lies in `folder`; like `attach`, the first becomes active and trainable.
 
     Raises:
@@ -40,7 +42,7 @@ def attach_folder(model: nn.Module, folder: Path, name: str = "default", *, stor
 
 
 def _attached(
-    model: nn.Module, name: str, storage: Storage, make: Callable[[AdapterSet], None]
+    model: nn.Module, name: str, storage: Storage[AdapterSet], make: Callable[[AdapterSet], None]
 ) -> AdapterSet:
     existing = adapters_of(model)
     adapters = AdapterSet(model, storage) if existing is None else existing

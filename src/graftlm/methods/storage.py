@@ -1,17 +1,16 @@
-"""Where an `AdapterSet` keeps adapters; given in from above, so that no method knows formats."""
+"""Where an owner of adapters keeps them; given in from above, so that no method knows formats."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from graftlm.methods.adapter_set import AdapterSet
+Owner = TypeVar("Owner", contravariant=True)
 
 
-class Storage(Protocol):
+class Storage(Protocol[Owner]):
     """How adapters get to disk and back."""
 
-    def save(self, adapters: AdapterSet, directory: Path, name: str) -> None: ...
+    def save(self, adapters: Owner, directory: Path, name: str) -> None: ...
 
-    def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None: ...
+    def load(self, adapters: Owner, directory: Path, name: str, *, strict: bool) -> None: ...
