@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftlm.core.errors import ConfigError
-from graftlm.training.defaults import ROWS_PER_STEP, TOKENS_PER_PASS, fitted, fitted_length, rate_for_width
+from graftlm.methods.lora import LoraConfig
+from graftlm.methods.prompt import PromptTuningConfig
+from graftlm.training.defaults import (
+    ROWS_PER_STEP,
+    TOKENS_PER_PASS,
+    fitted,
+    fitted_length,
+    rate_for,
+    rate_for_width,
+    room_beside,
+)
 from graftlm.training.recipe import Recipe, make_recipe
 
 LEAST = {"model": "sprout", "data": "rows.jsonl"}
@@ -96,3 +106,16 @@ def test_what_is_said_of_a_step_is_what_is_set() -> None:
         windows = train.train.per_device_train_batch_size * train.train.gradient_accumulation_steps
         name = "window" if windows == 1 else "windows"
         assert notes[-1].startswith(f"{windows} {name} of 64 tokens (about {windows * 64 / length:.0f} rows)")
+
+
+def test_virtual_tokens_take_their_room_from_the_text() -> None:
+    assert room_beside(PromptTuningConfig(num_virtual_tokens=20), 512) == 492
+    assert room_beside(LoraConfig(), 512) == 512
+    assert room_beside(PromptTuningConfig(), None) is None
+    with pytest.raises(ConfigError, match="leave 0 of 16 positions"):
+        room_beside(PromptTuningConfig(num_virtual_tokens=20), 16)
+
+
+def test_a_method_has_a_rate_of_its_own() -> None:
+    for method in (LoraConfig(), PromptTuningConfig()):
+        assert rate_for(method, 1024) == pytest.approx(rate_for_width(1024) * method.rate_scale, rel=0.05)

@@ -107,6 +107,7 @@ def test_names_of_other_tools_lead_to_ours(section: str, alias: str, name: str, 
         ("train.optim=paged_adamw_8bit", "this optimizer is not in this version"),
         ("output.register_as=mine", "the registry is not in this version"),
         ("train.learning_rate=0", "greater than 0"),
+        ("method.lora_alpha=0", "method.lora_alpha: Input should be greater than 0"),
         ("train.learning_rate=fast", "valid number"),
         ("train.warmup_ratio=1.0", "less than 1"),
         ("data.train_on=answers", "'completion' or 'all'"),
@@ -117,6 +118,13 @@ def test_values_that_are_refused(assignment: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
         make_recipe(LEAST, [assignment])
     assert says in "\n".join(refused.value.problems)
+
+
+def test_lora_plus_belongs_to_lora() -> None:
+    assert make_recipe(LEAST, ["method=dora", "train.loraplus_lr_ratio=4"]).train.loraplus_lr_ratio == 4
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, ["method=prompt", "train.loraplus_lr_ratio=4"])
+    assert "lora and dora only" in refused.value.problems[0]
 
 
 def test_overrides() -> None:

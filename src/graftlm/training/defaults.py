@@ -13,6 +13,8 @@ REFERENCE_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT = 2e-4, 4096, 0.8
 """LoRA's usual 2e-4 belongs to models about 4,096 wide; narrower ones want more. The exponent is measured on
 models 64 and 128 wide (docs/results/learning-rate.md)."""
 HIGHEST_RATE = 5e-3
+SHORTEST = 8
+"""The least `data.max_length`."""
 ROWS_PER_STEP = 16
 """Examples in one optimizer step."""
 TOKENS_PER_PASS = 4096
@@ -38,8 +40,21 @@ def fitted_length(recipe: Recipe, context: int | None) -> Recipe:
 
 
 def room_beside(method: MethodConfig, context: int | None) -> int | None:
-    """The part of a base's context that an adapter leaves to the text."""
-    return None if context is None else context - method.positions_taken
+    """The part of a base's context that an adapter leaves to the text.
+
+    Raises:
+        ConfigError: next to nothing is left.
+    """
+    if context is None:
+        return None
+    left = context - method.positions_taken
+    if left < SHORTEST:
+        raise ConfigError(
+            f"{method.positions_taken} virtual tokens leave {max(0, left)} of {context} positions to the text.",
+            meaning="Virtual tokens stand in the base's context like real ones.",
+            fix="Set method.num_virtual_tokens to a smaller number; 10 to 100 are usual.",
+        )
+    return left
 
 
 def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Recipe, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from graftlm.core.config import Config, build, override, read_yaml
+from graftlm.methods.lora import LoraConfig
 from graftlm.training.method_section import LATER, Method, MethodSection
 
 SHORT = {"model": "name", "data": "path", "method": "type"}
@@ -207,6 +208,14 @@ class Recipe(Config):
     @classmethod
     def _names_are_enough(cls, value: Any) -> Any:
         return long_form(value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _only_lora_has_two_sides(self) -> Self:
+        if self.train.loraplus_lr_ratio is not None and not isinstance(self.method.config, LoraConfig):
+            raise ValueError(
+                "train.loraplus_lr_ratio speeds up the B matrices of lora and dora only; leave it out"
+            )
+        return self
 
     @field_validator("task", mode="before")
     @classmethod
