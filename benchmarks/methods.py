@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "bottleneck, parallel": ("type=bottleneck", "placement=parallel"),
     "prefix": ("type=prefix",),
     "prompt": ("type=prompt",),
+    "adaption_prompt": ("type=adaption_prompt",),
     "norms": ("type=norms",),
     "biases": ("type=biases",),
 }

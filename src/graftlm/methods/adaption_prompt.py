@@ -41,6 +41,10 @@ class AdaptionPromptConfig(MethodConfig):
     target_modules: str | None = None
     """Name of the attention modules; found by what they do without it."""
 
+    @property
+    def rate_scale(self) -> float:
+        return 5.0
+
     def places(self, model: nn.Module) -> Mapping[str, Maker]:
         modules = base_modules(model)
         if self.target_modules is None:

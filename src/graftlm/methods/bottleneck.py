@@ -91,6 +91,10 @@ class BottleneckConfig(MethodConfig):
             raise ValueError(f"keys are block numbers and 'default', not {', '.join(map(repr, strange))}")
         return value
 
+    @property
+    def rate_scale(self) -> float:
+        return 5.0
+
     def width_of(self, block: int | None, features: int) -> int:
         """The narrow width in one block (None: outside of numbered blocks); at least 1."""
         factors = self.reduction_factor

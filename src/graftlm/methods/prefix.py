@@ -50,6 +50,10 @@ class PrefixTuningConfig(VirtualTokensConfig):
     init_text: str | None = None
     """The text to begin with (`text`), repeated or cut to the number of virtual tokens."""
 
+    @property
+    def rate_scale(self) -> float:
+        return 3.0
+
     @model_validator(mode="after")
     def _text_is_whole(self) -> PrefixTuningConfig:
         if (self.init_weights == "text") != bool(self.init_text):

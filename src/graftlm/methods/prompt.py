@@ -38,6 +38,10 @@ class PromptTuningConfig(VirtualTokensConfig):
     prompt_tuning_init_text: str | None = None
     """The text to begin with (`TEXT`), repeated or cut to the number of virtual tokens."""
 
+    @property
+    def rate_scale(self) -> float:
+        return 15.0
+
     @model_validator(mode="after")
     def _text_is_whole(self) -> PromptTuningConfig:
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:

@@ -90,7 +90,7 @@ def rate_for(method: MethodConfig, hidden_size: int) -> float:
 
     >>> from graftlm.methods.full import FullConfig
     >>> rate_for(FullConfig(), 4096)
-    2e-05
+    4e-05
     """
     return float(f"{rate_for_width(hidden_size) * method.rate_scale:.1e}")
 
