@@ -52,6 +52,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 SEEDS = (42, 43, 44)
 FACTORS = (1 / 3, 1.0, 3.0)
+SHORT, FULL = 20, 50
+"""Optimizer steps of a run in the two forms."""
 WIDEST = 5
 """Rates tried at most per method and task."""
 
@@ -190,20 +192,24 @@ def search(task: str, method: str, steps: int, seeds: Sequence[int]) -> None:
 
 
 def table(rows: Iterable[Row], steps: int) -> str:
-    """Markdown: each method at its best rate, mean over seeds with the range."""
+    """Markdown: each method at its best rate, mean over seeds with the range; time of short runs only.
+
+    Those run one at a time; in the full form, two runs share the machine.
+    """
     lines: list[str] = []
+    is_timed = steps == SHORT
     for task, model in TASKS.items():
         mine = [row for row in rows if row.task == task and row.steps == steps]
         if not mine:
             continue
         lines += [f"### {task} on {model} ({steps} steps, base {mine[0].loss_before:.3f})", ""]
         heads = ("method", "held-out loss", "seeds", "learning rate", "forgetting", "trainable", "file")
-        lines += [f"| {' | '.join((*heads, 'time', 'memory'))} |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += [f"| {' | '.join((*heads, 'memory', *(['time'] if is_timed else [])))} |"]
+        lines += [f"|{'---|' * (len(heads) + 1 + is_timed)}"]
         groups = [_at_best_rate([row for row in mine if row.method == method]) for method in METHODS]
         found = [group for group in groups if group]
         for group in sorted(found, key=lambda group: statistics.mean(row.loss_after for row in group)):
-            lines.append(_line(group))
+            lines.append(_line(group, is_timed))
         lines.append("")
     return "\n".join(lines)
 
@@ -216,14 +222,15 @@ def _at_best_rate(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if abs(row.rate / best - 1) < 0.02]
 
 
-def _line(rows: Sequence[Row]) -> str:
+def _line(rows: Sequence[Row], is_timed: bool) -> str:
     losses = [row.loss_after for row in rows]
     forgetting = [100 * row.forgetting for row in rows]
     return (
         f"| {rows[0].method} | {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
         f"| {len(rows)} | {rows[0].rate:.1e} | {statistics.mean(forgetting):+.0f} % | {rows[0].trainable:,} "
-        f"| {rows[0].file_bytes / 1024:,.0f} KiB | {statistics.median(row.seconds for row in rows):.0f} s "
+        f"| {rows[0].file_bytes / 1024:,.0f} KiB "
         f"| {max(row.peak_memory_bytes for row in rows) / 2**20:,.0f} MiB |"
+        + (f" {statistics.median(row.seconds for row in rows):.0f} s |" if is_timed else "")
     )
 
 
@@ -236,7 +243,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     options = parser.parse_args()
-    steps = options.steps or (50 if options.full else 20)
+    steps = options.steps or (FULL if options.full else SHORT)
     if options.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     if not options.table:

@@ -43,7 +43,7 @@ class AdaptionPromptConfig(MethodConfig):
 
     @property
     def rate_scale(self) -> float:
-        return 5.0
+        return 30.0
 
     def places(self, model: nn.Module) -> Mapping[str, Maker]:
         modules = base_modules(model)

@@ -34,7 +34,7 @@ class FullConfig(MethodConfig):
 
     @property
     def rate_scale(self) -> float:
-        return {"all": 0.2, "biases": 10.0, "norms": 10.0}[self.parts]
+        return {"all": 0.2, "biases": 15.0, "norms": 15.0}[self.parts]
 
     def places(self, model: nn.Module) -> Mapping[str, Maker]:
         modules = base_modules(model)

@@ -50,7 +50,7 @@ def room_beside(method: MethodConfig, context: int | None) -> int | None:
     left = context - method.positions_taken
     if left < SHORTEST:
         raise ConfigError(
-            f"{method.positions_taken} virtual tokens leave {max(0, left)} of {context} positions to the text.",
+            f"{method.positions_taken} virtual tokens leave {max(0, left)} of {context} positions to text.",
             meaning="Virtual tokens stand in the base's context like real ones.",
             fix="Set method.num_virtual_tokens to a smaller number; 10 to 100 are usual.",
         )
