@@ -174,3 +174,17 @@ def test_what_exists_and_is_merged_stays_while_rows_are_routed(
             change(adapters)
         assert torch.equal(logits(model, inputs), expected)
     assert adapters.names == ("a", "b")
+
+
+class Pooled(torch.nn.Linear):
+    """Gives one row for two rows of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[::2]
+
+
+def test_a_layer_without_a_row_for_each_row_is_refused_not_left_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Pooled(4, 4))
+    adapters = graft(model, LoraConfig(r=2, target_modules=("1",)), "a")
+    with adapters.routed(["a", None, "a", None]), pytest.raises(AdapterError, match="a row for each row"):
+        model(torch.ones(4, 4))

@@ -50,16 +50,11 @@ class Site(Place):
 
         The change of an adapter is what it does to the base as it came, whatever is merged into it by now.
         """
-        on_weights = [adapter for adapter in adapters if isinstance(adapter, WeightAdapter)]
-        adapters = [adapter for adapter in adapters if not isinstance(adapter, WeightAdapter)]
-        if on_weights and not adapters:
-            return self._with_weights(on_weights, x, *args, **kwargs)
-        base = total = self.base_layer(x, *args, **kwargs)
-        if on_weights:
-            total = self._with_weights(on_weights, x, *args, **kwargs)
-        if self.originals and not all(map(_is_additive, adapters)):
+        on_weights, others = _on_weights(adapters)
+        base = total = self._with_weights(on_weights, x, *args, **kwargs)
+        if (self.originals or on_weights) and not all(map(_is_additive, others)):
             base = self.original(x, *args, **kwargs)
-        for adapter in adapters:
+        for adapter in others:
             if _is_additive(adapter):
                 total = adapter.post(x, total)
                 continue
@@ -73,6 +68,8 @@ class Site(Place):
 
     def _with_weights(self, adapters: Sequence[WeightAdapter], *args: Any, **kwargs: Any) -> Any:
         """The base layer as it is now, with the changes of all these adapters in its weights."""
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
         weights: dict[str, Tensor] = dict(self.base_layer.named_parameters())
         for adapter in adapters:
             weights |= adapter.changed(weights)
@@ -86,13 +83,10 @@ class Site(Place):
 
     def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Each adapter takes the layer as the ones before it left it."""
-        on_weights = [adapter for adapter in adapters if isinstance(adapter, WeightAdapter)]
-        layer: Callable[..., Any] = self.base_layer
-        if on_weights:
-            layer = _Layer(partial(self._with_weights, on_weights), self.base_layer)
-        for adapter in adapters:
-            if not isinstance(adapter, WeightAdapter):
-                layer = _Layer(partial(adapter, layer), self.base_layer)
+        on_weights, others = _on_weights(adapters)
+        layer = _Layer(partial(self._with_weights, on_weights), self.base_layer)
+        for adapter in others:
+            layer = _Layer(partial(adapter, layer), self.base_layer)
         return layer(x, *args, **kwargs)
 
     def _routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +94,8 @@ class Site(Place):
             x = x.expand(route.batch, *x.shape[1:])
         rows_per_item = self._rows_per_item(route, x)
         output = tree_map(partial(_for_rows, len(x)), self.base_layer(x, *args, **kwargs))
+        if not _goes_along(output[0] if isinstance(output, tuple) else output, len(x)):
+            raise _not_by_row("gave something else than a row for each row of its input")
         for name, rows in route.rows.items():
             if name is None or not self.has(name):
                 continue
@@ -123,11 +119,7 @@ class Site(Place):
             return 1
         if x.dim() == 2 and x.is_floating_point() and x.shape[0] % route.batch == 0:
             return x.shape[0] // route.batch
-        raise AdapterError(
-            f"A routed layer got {x.shape[0]} rows for a batch of {route.batch}.",
-            meaning="This layer sees tokens in another order than the batch (experts, for instance).",
-            fix="Exclude it with exclude_modules, or run the rows of each adapter in a batch of their own.",
-        )
+        raise _not_by_row(f"got {x.shape[0]} rows for a batch of {route.batch}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
         """`.to(...)` reaches the originals that a merge set aside, so that an unmerge puts back what fits."""
@@ -209,6 +201,20 @@ def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, n
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _on_weights(adapters: Sequence[SiteAdapter]) -> tuple[list[WeightAdapter], list[SiteAdapter]]:
+    """Adapters that change what the base layer is called with, and the others."""
+    inside = [adapter for adapter in adapters if isinstance(adapter, WeightAdapter)]
+    return inside, [adapter for adapter in adapters if not isinstance(adapter, WeightAdapter)]
+
+
+def _not_by_row(what: str) -> AdapterError:
+    return AdapterError(
+        f"A routed layer {what}.",
+        meaning="This layer sees tokens in another order than the batch (experts, for instance).",
+        fix="Exclude it with exclude_modules, or run the rows of each adapter in a batch of their own.",
+    )
 
 
 def _acts_on_output(adapter: SiteAdapter) -> TypeGuard[LayerAdapter]:
