@@ -19,6 +19,7 @@ from graftlm.methods.attach import attach, attach_folder
 from graftlm.methods.lora import LoraConfig
 
 from ..methods.tiny import batch, logits, stir, tiny
+from .peers import noisy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",
@@ -84,12 +85,7 @@ def theirs(kind: str, task: str | None, fields: dict[str, Any]) -> Any:
     torch.manual_seed(1)
     config = peft.LoraConfig(init_lora_weights=False, task_type=task, **fields)
     model = peft.get_peft_model(tiny(kind), config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return noisy(model)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

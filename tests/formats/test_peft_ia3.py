@@ -17,6 +17,7 @@ from graftlm.methods.attach import attach, attach_folder
 from graftlm.methods.ia3 import IA3Config, IA3Input
 
 from ..methods.tiny import batch, logits, stir, tiny
+from .peers import noisy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",
@@ -59,12 +60,7 @@ def theirs(kind: str, task: str | None, fields: dict[str, Any]) -> Any:
     torch.manual_seed(1)
     fields = fields | ({"fan_in_fan_out": True} if kind == "gpt2" else {})
     model = peft.get_peft_model(base(kind), peft.IA3Config(task_type=task, **fields)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return noisy(model, 0.3)
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:

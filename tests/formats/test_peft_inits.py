@@ -22,6 +22,7 @@ from graftlm.methods.tokens import TrainableTokensConfig
 
 from ..methods.test_experts import EXPERTS, mixture
 from ..methods.tiny import batch, logits, stir, tiny
+from .peers import noisy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",
@@ -94,12 +95,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def stirred(model: Any) -> Any:
     """A PEFT model whose adapter changes the output."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return noisy(model).eval()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,6 +18,7 @@ from graftlm.methods.attach import attach, attach_folder
 from graftlm.methods.lora import LoraConfig
 
 from ..methods.tiny import batch, logits, stir, tiny
+from .peers import noisy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",
@@ -87,12 +88,7 @@ def theirs(kind: str, fields: dict[str, Any]) -> Any:
     """PEFT's model with noise on every trained number."""
     config = peft.LoraConfig(**fields, init_lora_weights=False, fan_in_fan_out=kind == "gpt2")
     model = peft.get_peft_model(tiny(kind), config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return noisy(model)
 
 
 @pytest.mark.parametrize("case", CASES)
