@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+WORKERS := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow check format bench clean
@@ -18,11 +19,11 @@ demo: $(VENV)/installed
 
 ## make test    the default tests (arguments: make test ARGS="tests/cli -k json")
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 ## make slow    the tests that take longer
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m slow $(ARGS)
 
 ## make check   format, lint, types, architecture
 check: $(VENV)/installed-dev

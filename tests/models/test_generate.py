@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,6 @@ from graftlm.models.generate import (
 
 CONTEXT = 32
 PROMPTS = [[5], [0, 7, 9, 3], [0, 4, 4, 8, 8, 8, 11, 2, 13], [6, 5], [0, 3, 19, 18, 17, 4]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(kind: str) -> Any:

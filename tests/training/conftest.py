@@ -49,14 +49,3 @@ def worker() -> Iterator[Worker]:
     started = Worker()
     yield started
     started.close()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The rig's tensors are tiny, and results are compared bit by bit."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

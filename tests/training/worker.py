@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import rig
-import torch
 
 from graftlm.core.errors import GraftError
 from graftlm.training.loop import train
@@ -92,7 +91,6 @@ def full_disk(folder: str, room: int) -> None:
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Train in `job["run"]`; gives what a test wants to know."""
-    torch.set_num_threads(1)
     run = Path(job["run"])
     known = {item.name for item in fields(rig.Settings)}
     settings = rig.Settings(**{key: value for key, value in job.items() if key in known})
