@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from graftlm.core import compiling
 from graftlm.core.version import __version__
 
 PACKAGES = (
@@ -155,6 +156,9 @@ def memory_bytes() -> int:
 
 def _fast_paths(sets: tuple[str, ...], gpus: tuple[Gpu, ...], gpu_reason: str) -> tuple[FastPath, ...]:
     hardware = [label for label in sets if label in _BFLOAT16_SETS]
+    compiles, compiler = compiling.state()
+    triton = _version("triton")
+    reason = f"triton {triton}" if triton else "triton is not installed (extra gpu)"
     return (
         FastPath("GPU", bool(gpus), gpu_reason),
         FastPath(
@@ -164,6 +168,8 @@ def _fast_paths(sets: tuple[str, ...], gpus: tuple[Gpu, ...], gpu_reason: str) -
         ),
         FastPath("fused low-rank add", True, "plain torch, every device"),
         FastPath("chunked cross-entropy", True, "plain torch, every device"),
+        FastPath("packed weights on CPU", compiles, compiler),
+        FastPath("packed weights on GPU", bool(gpus) and triton is not None, reason if gpus else "no GPU"),
     )
 
 

@@ -1,0 +1,1 @@
+"""Compiled code for CPUs: the C source, and how it is called."""
