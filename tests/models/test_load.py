@@ -240,11 +240,6 @@ def test_code_of_a_checkpoint_is_not_run(base: Path) -> None:
     refused(base)
 
 
-def test_quantised_checkpoints_are_refused(base: Path) -> None:
-    edit_config(base, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantised" in refused(base).seen
-
-
 @pytest.mark.parametrize("name", ["float32", "fp32", torch.float32])
 def test_a_dtype_that_is_asked_for(base: Path, name: Any) -> None:
     edit_weights(base, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
@@ -290,11 +285,6 @@ def test_auto_on_a_gpu(base: Path) -> None:
 def test_an_unknown_dtype(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=near):
         load_model("./nowhere", dtype=name)
-
-
-def test_quantization_is_for_later() -> None:
-    with pytest.raises(ConfigError, match="nf4"):
-        load_model("./nowhere", quantization="nf4")
 
 
 def test_none_is_no_quantization(base: Path) -> None:

@@ -14,20 +14,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from graftlm.core.config import suggest
-from graftlm.core.errors import ConfigError, ModelError
+from graftlm.core.errors import ModelError
 from graftlm.core.notices import notice
+from graftlm.models.architecture import concrete, family_of, generation_config
+from graftlm.models.bars import no_bars
+from graftlm.models.footprint import footprint
 from graftlm.models.locate import Location, check_tokenizer, locate
 from graftlm.models.padding import ensure_padding
 from graftlm.models.precision import AUTO, check_dtype, choose_device, choose_dtype
+from graftlm.models.quantised_load import Progress, load_quantised
 from graftlm.models.sprout import SPROUT
+from graftlm.models.stored_scheme import SIXTEEN_BIT, check_head, require_equal, stored_kind
+from graftlm.models.tensor_files import read_headers
+from graftlm.models.weight_files import weight_files
+from graftlm.quant.convert import quantised_layers
+from graftlm.quant.embedding import quantise_embeddings
+from graftlm.quant.scheme import Scheme
 
 
 def load_model(
@@ -35,15 +41,23 @@ def load_model(
     *,
     dtype: str | torch.dtype = AUTO,
     quantization: str | None = None,
+    double_quant: bool = True,
+    head: str = SIXTEEN_BIT,
     device: str | torch.device = AUTO,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load the base `name` and its tokenizer, ready for adapters.
 
     Args:
         name: a local folder, a hub id, or `"sprout"`, the embedded base.
         dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
-        quantization: None or `"none"`; other values belong to a later version and are refused.
+        quantization: `"nf4"`, `"fp4"`, `"int8"` or `"fp8"`: linear layers are quantised while they are
+            read, so that memory peaks at the quantised model. None or `"none"`: weights stay as they are
+            stored; a base stored quantised (by bitsandbytes or `save_base`) stays so, too.
+        double_quant: whether the scales of a 4-bit kind are quantised as well.
+        head: `"int8"` or `"fp8"` also store the embeddings and the output head of a quantised base in 8 bits.
         device: `"auto"` is the first GPU, else the CPU.
+        progress: called with (bytes read, bytes in all) while a quantised base is loaded.
 
     Returns:
         The `transformers` model in evaluation mode, and its tokenizer with a padding token.
@@ -52,16 +66,28 @@ def load_model(
         ModelError: what was named cannot be loaded as a causal or sequence-to-sequence model.
         ConfigError: an unknown dtype or quantization.
     """
-    _check_quantization(quantization)
+    scheme = None if quantization in (None, "none") else Scheme.parse(quantization, double_quant=double_quant)
     check_dtype(dtype)
+    check_head(head)
     where = choose_device(device)
     location = locate(name)
     with _quiet(location):
         config = _load_config(location)
+        stored = stored_kind(config, location.name)
+        if stored is not None:
+            require_equal(stored, scheme, location.name)
         tokenizer = _load_tokenizer(location, config)
-        family = _model_class(location, config)
+        family = family_of(config, location.name)
         chosen = choose_dtype(dtype, stored=_stored_dtype(location, config), device=where, name=location.name)
-        model = _load_weights(location, family, chosen)
+        if scheme is None and stored is None:
+            model = _load_dense(location, family, chosen)
+        else:
+            scheme = scheme if stored is None else None
+            options = {"dtype": chosen, "device": where, "progress": progress}
+            model = _load_packed(location, family, config, scheme, **options)
+            if head != SIXTEEN_BIT:
+                quantise_embeddings(model, head)
+            notice(f"{location.name}: {footprint(model)}.")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = location.name  # what adapters will say they belong to: never a path of ours
     _check_vocabulary(location, model, tokenizer)
@@ -91,12 +117,6 @@ def _load_config(location: Location) -> Any:
             "(which Graft never runs), or config.json is damaged.",
             fix="pip install --upgrade transformers, or choose another base.",
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{location.name} is stored quantised.",
-            meaning="This version trains on bases stored in float32, bfloat16 or float16.",
-            fix="Name the unquantised model that it was made from.",
-        )
     return config
 
 
@@ -116,26 +136,6 @@ def _load_tokenizer(location: Location, config: Any) -> Any:
     return tokenizer
 
 
-def _model_class(location: Location, config: Any) -> Any:
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    sequence = set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
-    names = config.architectures or [
-        (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if config.is_encoder_decoder else {}).get(
-            config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "unnamed")
-        )
-    ]
-    if sequence.intersection(names):
-        return AutoModelForSeq2SeqLM
-    if causal.intersection(names):
-        return AutoModelForCausalLM
-    raise ModelError(
-        f"{location.name} is a {', '.join(names)}, which does not write text.",
-        meaning="Graft tunes causal and sequence-to-sequence language models; this checkpoint is an "
-        "encoder, a bare backbone or another kind of model.",
-        fix="Choose a base whose architecture ends in ForCausalLM or ForConditionalGeneration.",
-    )
-
-
 def _stored_dtype(location: Location, config: Any) -> torch.dtype:
     """The checkpoint's own dtype: from its config, else from its first floating tensor."""
     if isinstance(config.dtype, torch.dtype):
@@ -150,7 +150,7 @@ def _stored_dtype(location: Location, config: Any) -> torch.dtype:
     return torch.float32
 
 
-def _load_weights(location: Location, family: Any, dtype: torch.dtype) -> Any:
+def _load_dense(location: Location, family: Any, dtype: torch.dtype) -> Any:
     try:
         model, info = family.from_pretrained(
             location.reference,
@@ -169,6 +169,20 @@ def _load_weights(location: Location, family: Any, dtype: torch.dtype) -> Any:
     except OSError as error:
         raise _unreachable(location, error) from None
     _check_loaded(location, info)
+    return model
+
+
+def _load_packed(location: Location, family: Any, config: Any, scheme: Scheme | None, **options: Any) -> Any:
+    try:
+        tensors = read_headers(weight_files(location))
+        with no_bars():
+            model, info = load_quantised(*concrete(family, config), tensors, scheme, **options)
+        _check_loaded(location, info)
+        if not quantised_layers(model):
+            raise _nothing_quantised(location, was_stored=scheme is None)
+        model.generation_config = generation_config(location.reference)
+    except OSError as error:
+        raise _unreachable(location, error) from None
     return model
 
 
@@ -200,13 +214,18 @@ def _check_vocabulary(location: Location, model: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_quantization(quantization: str | None) -> None:
-    if quantization not in (None, "none"):
-        raise ConfigError(
-            f"quantization={quantization!r} is not in this version.",
-            meaning="Bases are loaded in float32, bfloat16 or float16.",
-            fix="Leave it out, and use dtype='bfloat16' to save memory.",
+def _nothing_quantised(location: Location, *, was_stored: bool) -> ModelError:
+    if was_stored:
+        return ModelError(
+            f"{location.name} holds no quantised weight, though its config.json says that it is quantised.",
+            meaning="The weights were replaced by dense ones.",
+            fix="Remove quantization_config from its config.json, or copy the quantised weights again.",
         )
+    return ModelError(
+        f"{location.name} has no linear layer that can be quantised.",
+        meaning="Its weights are of another kind, or all of them are kept in float32.",
+        fix="Load it without quantization.",
+    )
 
 
 def _unreachable(location: Location, error: OSError) -> ModelError:

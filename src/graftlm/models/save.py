@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from graftlm.core.errors import StorageError
 from graftlm.core.storage import require_space
+from graftlm.models.bars import no_bars
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -19,17 +19,13 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         StorageError: the disk has no room for it, or refuses.
     """
     require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
-    shows_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with no_bars():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # how safetensors tells what the operating system refused
         raise StorageError(
             f"Cannot write the model to {folder}: {error}.",
             meaning="The disk or the quota is full, or the disk is gone.",
             fix="Free some space, or choose another folder.",
         ) from error
-    finally:
-        if shows_bars:
-            transformers_logging.enable_progress_bar()
