@@ -96,7 +96,7 @@ def dora_backward(
     dy = grad.new_empty(grad.shape if need_y else 0)
     sums = gain.new_zeros(gain.shape if need_gain else 0)
     change = (gain - 1).to(grad.dtype)
-    for rows in _chunks(grad):
+    for rows in pieces(grad):
         part = grad[rows]
         if need_gain:
             scaled = out[rows] if bias is None else out[rows] - bias
@@ -121,7 +121,7 @@ def row_products(weight: Tensor, a: Tensor, need_squares: bool) -> tuple[Tensor,
     squares = weight.new_zeros(weight.shape[0] if need_squares else 0, dtype=precise)
     is_transposed = weight.stride(0) < weight.stride(1)
     stored = weight.t() if is_transposed else weight
-    for rows in _chunks(stored) if need_squares else ():
+    for rows in pieces(stored) if need_squares else ():
         part = stored[rows].to(precise)
         if is_transposed:
             squares += part.square().sum(0)
@@ -130,10 +130,11 @@ def row_products(weight: Tensor, a: Tensor, need_squares: bool) -> tuple[Tensor,
     return squares, products.to(precise)
 
 
-def _chunks(tensor: Tensor) -> Iterator[slice]:
+def pieces(tensor: Tensor) -> Iterator[slice]:
     """Rows that stay in a CPU's cache between two operations; on an accelerator, few large pieces."""
     elements = 2**17 if tensor.device.type == "cpu" else 2**24
     step = max(1, elements // max(1, tensor.shape[1]))
+    step -= step % 32 if step > 32 else 0  # whole vectors, so that no piece ends in scalar code
     for start in range(0, tensor.shape[0], step):
         yield slice(start, start + step)
 
@@ -154,7 +155,7 @@ def linear_cross_entropy(
         rows = slice(start, start + chunk_rows)
         logits = torch.nn.functional.linear(hidden[rows], weight, bias)
         target = labels[rows].unsqueeze(1)
-        for some in _chunks(logits):  # elementwise work on pieces that stay in the cache: half the time
+        for some in pieces(logits):  # elementwise work on pieces that stay in the cache: half the time
             value = torch.log_softmax(logits[some], dim=1, dtype=precise)
             loss -= value.gather(1, target[some]).sum()
             if need_grad:

@@ -1,0 +1,88 @@
+"""Models with fused norms and feed-forward parts compute what they computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graftlm.formats.layout import FOLDER
+from graftlm.methods.attach import attach
+from graftlm.methods.lora import LoraConfig
+from graftlm.models.fused import fusable, fused
+from graftlm.quant.convert import quantise
+from graftlm.quant.scheme import Scheme
+from graftlm.testing.models import batch, tiny
+
+
+def step(model: Any) -> tuple[Tensor, list[Tensor]]:
+    output = model(**batch("llama"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return output.logits, list(torch.autograd.grad(output.loss, trained))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_the_same_outputs_and_gradients(kind: str, dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    if kind != "dense":
+        quantise(model, Scheme.parse(kind))
+    attach(model, LoraConfig(r=4, init_lora_weights=False), storage=FOLDER)
+    logits, gradients = step(model)
+    found, layers = fusable(model), len(model.model.layers)
+    assert (found.norms, found.feed_forwards) == (2 * layers + 1, layers)
+    assert len(found.forwards) == 3 * layers + 1
+    with fused(found):
+        same, others = step(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert (same - logits).norm() <= tolerance * logits.norm()
+    for mine, its in zip(others, gradients, strict=True):
+        assert (mine - its).norm() <= tolerance * its.norm()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_less_is_kept_for_backward() -> None:
+    model = tiny("llama")
+    attach(model, LoraConfig(r=4), storage=FOLDER)
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
+            lambda t: t,
+        ):
+            output = model(**batch("llama")).logits
+        del output
+        return sum(sizes.values())
+
+    before = kept()
+    with fused(fusable(model)):
+        assert kept() < before
+
+
+def test_trained_norms_keep_their_gradient() -> None:
+    model = tiny("llama").requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    _, expected = step(model)
+    with fused(fusable(model)):
+        _, found = step(model)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_other_arithmetic_is_left_alone() -> None:
+    """Gemma multiplies by 1 + weight and gates with GELU."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=32, num_hidden_layers=1, head_dim=8, **sizes))
+    found = fusable(model.requires_grad_(False))
+    assert (found.norms, found.feed_forwards, len(found.forwards)) == (5, 0, 0)
+
+
+def test_an_error_inside_leaves_nothing_behind() -> None:
+    model = tiny("llama")
+    with pytest.raises(KeyError), fused(fusable(model)):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
