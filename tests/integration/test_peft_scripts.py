@@ -1,4 +1,4 @@
-"""Seven scripts as users of PEFT write them: with the import line changed, they print the same numbers."""
+"""Eight scripts as users of PEFT write them: with the import line changed, they print the same numbers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ NAMES = (
         for name in (
             "lora_sequence_classification",
             "qlora_preparation",
+            "qlora_bitsandbytes",
             "ia3_seq2seq",
             "prefix_seq2seq",
             "prompt_causal",

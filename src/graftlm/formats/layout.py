@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import FormatError
 from graftlm.core.files import write_atomic
+from graftlm.core.notices import notice
 from graftlm.formats import peft_config
 from graftlm.formats.fingerprint import BaseIdentity, identify
 from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, as_in_file, clean_key, from_file, tensor_key
@@ -46,7 +47,7 @@ class Folder:
         base = identify(adapters.model, without=_copied(adapters, name))
         tensors = adapter_tensors(adapters, name)
         write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
-        write_atomic(directory / EXTRA, _json({"schema": SCHEMA, "base": base.as_dict()}))
+        write_atomic(directory / EXTRA, _json({"schema": SCHEMA, **base.as_dict()}))
         write_atomic(directory / CONFIG, _json(peft_config.to_json(adapters, name, base.name)))
 
     def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None:
@@ -179,9 +180,10 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
     """Compare the base with the one that `graft.json` names, where the file is there."""
     if not (directory / EXTRA).is_file():
         return
-    theirs = BaseIdentity.from_dict(_read_json(directory / EXTRA).get("base", {}), str(directory / EXTRA))
+    theirs = BaseIdentity.from_dict(_read_json(directory / EXTRA), str(directory / EXTRA))
     ours = identify(model, without=copied)
     if ours.is_same(theirs) or ours.is_close(theirs):
+        _say_other_storage(directory, theirs, ours)
         return
     message = f"The adapter in {directory} was trained on another base ({theirs.name or 'unnamed'})."
     if strict:
@@ -191,6 +193,15 @@ def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, str
             fix="Load the base that it names. From Python, strict=False skips this check.",
         )
     warnings.warn(message, stacklevel=5)
+
+
+def _say_other_storage(directory: Path, theirs: BaseIdentity, ours: BaseIdentity) -> None:
+    then, now = (found.scheme.kind if found.scheme else "16 or 32 bits" for found in (theirs, ours))
+    if then != now:
+        notice(
+            f"The adapter in {directory} was trained on its base in {then}; here the base is in {now}. "
+            "It works, and what it says differs by what quantising the base changes."
+        )
 
 
 def fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: str, *, strict: bool) -> None:

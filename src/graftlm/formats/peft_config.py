@@ -76,6 +76,7 @@ FIRST_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 HISTORY = {
     "init_lora_weights": True,
     "eva_config": None,
+    "loftq_config": None,
     "init_weights": None,
     "prompt_tuning_init": "RANDOM",
     "prefix_projection": False,

@@ -184,7 +184,7 @@ def _base(folder: Path) -> BaseIdentity | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    return BaseIdentity.from_dict(content.get("base", {}), str(path))
+    return BaseIdentity.from_dict(content, str(path))
 
 
 def _json(content: Mapping[str, Any]) -> str:

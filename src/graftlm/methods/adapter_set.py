@@ -19,8 +19,9 @@ from graftlm.methods.install import Installation
 from graftlm.methods.place import Composition
 from graftlm.methods.resolve import resolve
 from graftlm.methods.routing import routed
-from graftlm.methods.state import State, as_names, check_name
+from graftlm.methods.state import State, as_names, check_name, without
 from graftlm.methods.storage import Storage
+from graftlm.quant.facts import counted
 
 ParameterType = Literal["float32", "base"]
 ATTRIBUTE = "graft_adapters"
@@ -100,9 +101,9 @@ class AdapterSet:
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def count_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters of the model with its adapters."""
-        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        """(trainable, all) parameters of the model with its adapters; of packed weights the true numbers."""
+        counts = list(counted(self.model))
+        return sum(n for is_trained, n in counts if is_trained), sum(n for _, n in counts)
 
     # Making and removing adapters.
 
@@ -140,7 +141,7 @@ class AdapterSet:
         del self._configs[name]
         state = self._state
         self._commit(
-            replace(state, active=_without(state.active, name), trainable=_without(state.trainable, name))
+            replace(state, active=without(state.active, name), trainable=without(state.trainable, name))
         )
 
     def detach(self) -> nn.Module:
@@ -150,7 +151,11 @@ class AdapterSet:
         return self._leave()
 
     def merge_and_unload(self) -> nn.Module:
-        """Merge what is active, and leave it in the weights of a plain model without adapters."""
+        """Merge what is active, and leave it in a plain model without adapters, dense in every layer."""
+        return merging.made_dense(self.fold())
+
+    def fold(self) -> nn.Module:
+        """As `merge_and_unload`, but packed layers stay, with what is merged beside the packed weight."""
         self._require_attached()
         self._set_merged(tuple(dict.fromkeys((*self.merged, *self.active))))
         self._installation.keep_merged()
@@ -201,10 +206,10 @@ class AdapterSet:
             MergeError: a method that cannot be merged, a packed base, or a result that is not finite.
         """
         wanted = self._known(self.active if names is None else names)
-        again = [name for name in wanted if name in self.merged]
-        if again:
+        if again := [name for name in wanted if name in self.merged]:
             warnings.warn(f"Already merged, nothing to do for: {', '.join(again)}", stacklevel=2)
         self._set_merged(tuple(dict.fromkeys((*self.merged, *wanted))))
+        merging.say_cost(self._installation.sites.values())
 
     def unmerge(self, names: str | Iterable[str] | None = None) -> None:
         """Take adapters (default: all merged ones) out of the weights; the base gets its original bytes."""
@@ -293,7 +298,3 @@ class AdapterSet:
             raise AdapterError(
                 f"There is no adapter named {name!r}.", fix=f"Adapters of this model: {known}."
             )
-
-
-def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
-    return tuple(other for other in names if other != name)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from graftlm.core.config import Config
 from graftlm.core.errors import MergeError
+from graftlm.quant.facts import device_of, dtype_of
 from graftlm.quant.weights import WeightHandle
 
 Dense = Mapping[str, Tensor]
@@ -37,7 +38,12 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return device_of(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights are stored in, or read in where they are packed."""
+        return dtype_of(self.module)
 
 
 class Part(nn.Module, ABC):

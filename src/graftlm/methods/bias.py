@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.methods.base import Dense, LayerAdapter
+from graftlm.quant.linear import QuantisedLinear
 
-ENDS_WITH_BIAS = (nn.Linear, Conv1D, nn.LayerNorm, nn.GroupNorm)
+ENDS_WITH_BIAS = (nn.Linear, Conv1D, QuantisedLinear, nn.LayerNorm, nn.GroupNorm)
 """Kinds of module whose output is something plus `bias`, so that a trained bias is a shift of the output."""
 
 

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from graftlm.core.errors import TargetError
 from graftlm.methods.base import Dense, Part, SiteAdapter
 from graftlm.methods.site import parents
+from graftlm.quant.facts import dtype_of, is_in_few_bits
 from graftlm.quant.weights import WeightHandle
 
 
@@ -25,7 +27,7 @@ class FullCopy(SiteAdapter):
             parameter.requires_grad_(True)
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = next(base.parameters()).dtype
+        dtype = dtype_of(base)
         tensors = {name: tensor.to(dtype) for name, tensor in self.module.named_parameters()}
         return functional_call(self.module, tensors, (x, *args), kwargs)
 
@@ -41,6 +43,23 @@ def owners(modules: Mapping[str, nn.Module]) -> list[str]:
         if path and holds and owners.keys().isdisjoint(parents(path)):
             owners[path] = module
     return list(owners)
+
+
+def refuse_packed(modules: Mapping[str, nn.Module]) -> None:
+    """What is stored in few bits cannot be trained itself.
+
+    Raises:
+        TargetError: names such modules.
+    """
+    packed = [path for path, module in modules.items() if is_in_few_bits(module)]
+    if packed:
+        more = [f"... and {len(packed) - 5} more"] if len(packed) > 5 else []
+        raise TargetError(
+            f"{len(packed)} of the modules to be trained whole are quantised.",
+            problems=[*packed[:5], *more],
+            meaning="A step of training is far smaller than the distance between two codes of 4 or 8 bits.",
+            fix="Train an adapter on them (LoRA, for instance), or load the base with quantization='none'.",
+        )
 
 
 def keep_ties(parts: Iterable[Part]) -> None:

@@ -41,7 +41,7 @@ class DoraLinear(SiteAdapter):
         lora, y = self.lora, base(x, *args, **kwargs)
         a, b = lora.factors()
         bias = getattr(base, "bias", None)
-        squares, products = self._rows.products(base, WeightHandle(base).weight(), a)
+        squares, products = self._rows.products(WeightHandle(base), a)
         y = dora_add(
             y,
             x.to(y.dtype),
@@ -82,7 +82,7 @@ class DoraEmbedding(SiteAdapter):
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         a, b = self.lora.factors()
-        squares, products = self._rows.products(base, WeightHandle(base).weight().t(), a)
+        squares, products = self._rows.products(WeightHandle(base), a, of_columns=True)
         change = gain(self.magnitude, lengths(squares, products, a, b, self.lora.scaling)) - 1
         total = y + self.lora.update(x).to(y.dtype)
         return torch.addcmul(total, total, change.to(y.dtype))
@@ -137,13 +137,14 @@ def _load_saved(lora: Part, magnitude: Tensor, tensors: Mapping[str, Tensor]) ->
 class KnownRows:
     """`row_products` of one base layer, remembered while what they come from has not changed.
 
-    The squares hold as long as the weight is the same parameter in the same version. The products change
-    with A, that is with every step of training; without gradients (generation, evaluation) they are kept
-    too, which saves r times the work of the layer itself for every token that is generated.
+    The squares hold as long as the weight is stored in the same tensor in the same version. The products
+    change with A, that is with every step of training; without gradients (generation, evaluation) they are
+    kept too, which saves r times the work of the layer itself for every token that is generated, and the
+    decoding of a packed weight.
     """
 
     def __init__(self) -> None:
-        self._parameter: Callable[[], nn.Parameter | None] = lambda: None
+        self._stored: Callable[[], Tensor | None] = lambda: None
         self._key: tuple[Any, ...] = ()
         self._squares = torch.empty(0)
         self._a: Tensor | None = None
@@ -153,18 +154,20 @@ class KnownRows:
         """A copy remembers nothing: it belongs to the copy of the base."""
         return KnownRows, ()
 
-    def products(self, base: nn.Module, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """(squares, products) of `weight`, which is the oriented weight of `base`."""
-        parameter = base.get_parameter("weight")
-        if torch.compiler.is_compiling() or parameter.is_meta or parameter.is_inference():
-            return row_products(weight, a)
-        key = (parameter._version, parameter.data_ptr(), parameter.dtype)
-        is_known = self._parameter() is parameter and self._key == key
+    def products(self, handle: WeightHandle, a: Tensor, *, of_columns: bool = False) -> tuple[Tensor, Tensor]:
+        """(squares, products) of the base's weight, or of its columns as an embedding has it."""
+        stored = handle.stored
+        is_rememberable = not (torch.compiler.is_compiling() or stored.is_meta or stored.is_inference())
+        key = (stored._version, stored.data_ptr(), handle.dtype) if is_rememberable else ()
+        is_known = is_rememberable and self._stored() is stored and self._key == key
         if is_known and self._a is not None and _is_equal(a, self._a):
             return self._squares, self._products
+        weight = handle.weight().t() if of_columns else handle.weight()
         squares, products = row_products(weight, a, need_squares=not is_known)
+        if not is_rememberable:
+            return squares, products
         if not is_known:
-            self._parameter, self._key, self._squares = weakref.ref(parameter), key, squares
+            self._stored, self._key, self._squares = weakref.ref(stored), key, squares
         self._a = None if torch.is_grad_enabled() else a.detach().clone()
         self._products = products if self._a is not None else torch.empty(0)
         return self._squares, products

@@ -17,6 +17,7 @@ from graftlm.core.errors import TargetError
 from graftlm.methods.base import Dense, Layer, Maker, WeightAdapter
 from graftlm.methods.site import base_modules
 from graftlm.methods.starts.initialise import start
+from graftlm.quant.facts import is_packed
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,20 @@ def parameter_paths(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[s
     found: dict[str, list[str]] = {}
     problems = []
     wrong = "is neither a matrix nor a stack of matrices"
+    modules = base_modules(model)
+    packed = [f"{path}.weight" for path, module in modules.items() if is_packed(module)]
     owned = {
         f"{path}.{name}".lstrip("."): (path, name, parameter)
-        for path, module in base_modules(model).items()
+        for path, module in modules.items()
         for name, parameter in module.named_parameters(recurse=False)
+        if f"{path}.{name}" not in packed
     }
     for wanted in names:
         hits = [full for full in owned if full == wanted or full.endswith(f".{wanted}")]
-        if not hits:
+        quantised = [full for full in packed if full == wanted or full.endswith(f".{wanted}")]
+        if quantised:
+            problems.append(f"{quantised[0]} is quantised: name its layer in target_modules")
+        elif not hits:
             problems.append(f"{wanted!r} matches no parameter")
         problems += [f"{full} {wrong}" for full in hits if owned[full][2].dim() not in (2, 3)]
     for full, (path, name, _) in owned.items():

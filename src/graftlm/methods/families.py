@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.methods.site import Site, base_modules
+from graftlm.quant.linear import QuantisedLinear
 
 ROLES = (
     "all-linear",
@@ -113,7 +114,8 @@ def blocks_of(model: nn.Module) -> tuple[Block, ...]:
 
 def is_linear(module: nn.Module) -> bool:
     """Linear layers that are called. `nn.MultiheadAttention` only reads the weight of the one it has."""
-    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear | Conv1D | QuantisedLinear) and is_called
 
 
 def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
@@ -235,7 +237,7 @@ def _feed_forward(members: list[str], linear: dict[str, nn.Module]) -> FeedForwa
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in) by the layer's own word, which also holds where the weight is stored packed."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | QuantisedLinear):
         return module.out_features, module.in_features
     columns, rows = module.get_parameter("weight").shape
     return rows, columns

@@ -15,7 +15,7 @@ from torch import nn
 from graftlm.core.errors import TargetError
 from graftlm.methods.base import Layer, Maker, MethodConfig, Part
 from graftlm.methods.bias import BiasShift, has_bias
-from graftlm.methods.copies import FullCopy, keep_ties, owners
+from graftlm.methods.copies import FullCopy, keep_ties, owners, refuse_packed
 from graftlm.methods.site import base_modules
 
 
@@ -43,6 +43,7 @@ class FullConfig(MethodConfig):
         elif self.parts == "norms":
             chosen = {path: _copy for path, m in modules.items() if is_norm(m)}
         else:
+            refuse_packed(modules)
             chosen = dict.fromkeys(owners(modules), _copy)
         if not chosen:
             raise TargetError(

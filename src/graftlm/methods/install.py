@@ -12,6 +12,8 @@ from graftlm.methods.site import Site
 from graftlm.methods.virtual.attention_gate import AttentionAdapter, AttentionGate
 from graftlm.methods.virtual.gate import Gate
 from graftlm.methods.virtual.hooked import HookedPlace
+from graftlm.quant.foreign_layout import keep_differentiable
+from graftlm.quant.weights import WeightHandle
 
 
 class Installation:
@@ -24,6 +26,7 @@ class Installation:
         self._holders = _holders(model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._trained: frozenset[str] = frozenset()
+        self._allow_other_layouts = keep_differentiable(model)
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
 
@@ -61,6 +64,7 @@ class Installation:
         """Every original module object back in its place, every flag as it was."""
         for path, place in list(self.places):
             self._clear(path, place)
+        self._allow_other_layouts()
         for parameter, required_grad in self._flags:
             parameter.requires_grad_(required_grad)
 
@@ -68,8 +72,11 @@ class Installation:
         """Forget the originals that merges set aside; what stands in their place gets their flags too."""
         flags = {id(parameter): flag for parameter, flag in self._flags}
         for site in self.sites.values():
+            held = WeightHandle(site.base_layer).held()
             for key, original in site.originals.items():
-                self._flags.append((site.base_layer.get_parameter(key), flags[id(original)]))
+                own = held[key]
+                if own is not None and original is not None:
+                    self._flags.append((own, flags[id(original)]))
             site.originals = {}
 
     def show(self, names: tuple[str, ...], composition: Composition, *, is_enabled: bool) -> None:

@@ -26,10 +26,12 @@ from graftlm.methods.patterns import check_expressions, require_matches, value_a
 from graftlm.methods.site import base_modules
 from graftlm.methods.starts.initialise import (
     EvaConfig,
+    LoftQConfig,
     checked,
     doubled,
     require_rank,
     say_eva_needs_data,
+    say_loftq_needs_originals,
     subtracts,
 )
 from graftlm.methods.tokens import Indices, NestedTokenRows, checked_ids, link_tied, token_places
@@ -68,9 +70,12 @@ class LoraConfig(LayerConfig):
     init_lora_weights: bool | str = True
     """True: Kaiming-uniform A, zero B. `gaussian`: normal A, deviation 1/r. `orthogonal`: neither zero, their
     product is. `pissa`, `pissa_niter_N`, `olora`: from the base's weight, which stays as it is. `eva`: from
-    data (`methods.starts.eva`). False: both random (tests)."""
+    data (`methods.starts.eva`). `loftq`: from what quantising the base lost (`methods.starts.loftq`). False:
+    both random (tests)."""
     eva_config: EvaConfig | None = None
     """How `eva` reads data."""
+    loftq_config: LoftQConfig | None = None
+    """What `loftq` is told about the base."""
     trainable_token_indices: Indices | dict[str, Indices] | None = None
     """Tokens whose embedding rows are trained too: ids in the input embedding, or ids by name of table."""
     target_parameters: tuple[str, ...] | None = None
@@ -120,6 +125,11 @@ class LoraConfig(LayerConfig):
             raise ValueError("lora_bias cannot be used with use_dora: DoRA scales the weight, not a bias")
         return self
 
+    @field_validator("loftq_config", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None
+
     @field_validator("init_lora_weights")
     @classmethod
     def _init_is_known(cls, value: bool | str) -> bool | str:
@@ -158,7 +168,7 @@ class LoraConfig(LayerConfig):
 
     def portable(self) -> MethodConfig:
         """A plain LoRA: a start from data or from the base's weight is in the tensors, none is repeated."""
-        plain = self.replace(eva_config=None)
+        plain = self.replace(eva_config=None, loftq_config=None)
         if not subtracts(self.init_lora_weights):
             return plain
         patterns = (self.rank_pattern, self.alpha_pattern)
@@ -175,6 +185,8 @@ class LoraConfig(LayerConfig):
         weight = layer.handle.weight() if subtracts(init) else None
         if init == "eva" and layer.device.type != "meta":
             say_eva_needs_data()
+        if init == "loftq" and layer.device.type != "meta":
+            say_loftq_needs_originals()
         rank, scaling = self.rank_at(layer.path), self.scaling_at(layer.path)
         if isinstance(module, nn.Embedding):
             table = LoraEmbedding(module, r=rank, scaling=scaling, init=init, weight=weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch import nn
 from graftlm.core.errors import AdapterError
 from graftlm.methods import targets
 from graftlm.methods.base import Layer, Maker, MethodConfig, ModelAdapter, Part
-from graftlm.methods.copies import FullCopy, owners
+from graftlm.methods.copies import FullCopy, owners, refuse_packed
 from graftlm.methods.site import base_modules, parents
+from graftlm.quant.facts import is_in_few_bits, on_meta
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Placement:
 
     def build(self, dtype: torch.dtype | None = torch.float32) -> Part:
         """The part itself, with memory, on the base layer's device; None for the base layer's dtype."""
-        reference = next(self.layer.module.parameters())
-        return self.make(self.layer).to(reference.device, dtype or reference.dtype)
+        layer = self.layer
+        return self.make(layer).to(layer.device, dtype or layer.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def resolve(model: nn.Module, config: MethodConfig, *, sites: Collection[str] = 
     """
     modules = base_modules(model)
     blocks = targets.named(model, config.modules_to_save or (), "modules_to_save")
+    refuse_packed({path: module for path, module in modules.items() if _is_inside(path, blocks)})
     makers: dict[str, Maker] = {
         path: maker for path, maker in config.places(model).items() if not _is_inside(path, blocks)
     }
@@ -102,14 +105,20 @@ def _placements(
 
 
 def _on_meta(layer: Layer, make: Maker, stand_ins: dict[int, nn.Parameter]) -> Part:
-    """The part without memory; `stand_ins` of the base's parameters, which layers may share, by their id."""
-    own = list(layer.module.parameters())
+    """The part without memory; `stand_ins` of the base's parameters, which layers may share, by their id.
+
+    What is in few bits is stood in for by the dense module that it stands for itself.
+    """
+    packed = [module for module in layer.module.modules() if is_in_few_bits(module)]
+    theirs = {id(p) for module in packed for p in module.parameters()}
+    own = [p for p in layer.module.parameters() if id(p) not in theirs]
     for p in own:
         if id(p) not in stand_ins:
             meta = torch.empty_like(p, device="meta")
             stand_ins[id(p)] = nn.Parameter(meta, requires_grad=p.requires_grad)
+    memo: dict[int, Any] = {id(p): stand_ins[id(p)] for p in own} | {id(m): on_meta(m) for m in packed}
     with torch.device("meta"):
-        return make(Layer(layer.path, copy.deepcopy(layer.module, {id(p): stand_ins[id(p)] for p in own})))
+        return make(Layer(layer.path, copy.deepcopy(layer.module, memo)))
 
 
 def _copy(layer: Layer) -> Part:

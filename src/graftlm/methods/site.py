@@ -10,13 +10,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
 from graftlm.methods.base import LayerAdapter, SiteAdapter, WeightAdapter
 from graftlm.methods.place import Place, Route
-from graftlm.quant.weights import WeightHandle
+from graftlm.quant.weights import Held, WeightHandle
 
 
 class Site(Place):
@@ -25,7 +24,7 @@ class Site(Place):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.originals: dict[str, nn.Parameter] = {}
+        self.originals: dict[str, Held] = {}
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), "input")
         self.train(base_layer.training)
 
@@ -68,18 +67,21 @@ class Site(Place):
 
     def _with_weights(self, adapters: Sequence[WeightAdapter], *args: Any, **kwargs: Any) -> Any:
         """The base layer as it is now, with the changes of all these adapters in its weights."""
+        handle = WeightHandle(self.base_layer)
         if not adapters:
+            if self.originals and handle.is_packed:  # a layer of bitsandbytes does not look at the merged one
+                return handle.call({}, *args, **kwargs)
             return self.base_layer(*args, **kwargs)
-        weights: dict[str, Tensor] = dict(self.base_layer.named_parameters())
+        weights = handle.tensors()
         for adapter in adapters:
             weights |= adapter.changed(weights)
-        return functional_call(self.base_layer, weights, args, kwargs)
+        return handle.call(weights, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer with its own weights, also while others stand in their place."""
         if not self.originals:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, dict(self.originals), args, kwargs)
+        return WeightHandle(self.base_layer).call(self.originals, *args, **kwargs)
 
     def _stacked(self, adapters: list[SiteAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Each adapter takes the layer as the ones before it left it."""
@@ -124,15 +126,18 @@ class Site(Place):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
         """`.to(...)` reaches the originals that a merge set aside, so that an unmerge puts back what fits."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in self.originals.values():
-            parameter.data = fn(parameter.data)
+        for original in self.originals.values():
+            if original is not None:  # a packed weight is still where it was
+                original.data = fn(original.data)
         return self
 
     # What model code reads from a layer without calling it.
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.get_parameter("weight")
+        weight = self.base_layer.weight  # a packed layer reads it out at every call
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -159,7 +164,7 @@ class _Layer:
         self,
         call: Callable[..., Any],
         layer: nn.Module,
-        its_own: Mapping[str, nn.Parameter] = MappingProxyType({}),
+        its_own: Mapping[str, Held] = MappingProxyType({}),
     ) -> None:
         self.call, self.stands_for, self.its_own = call, layer, its_own
 
@@ -167,11 +172,13 @@ class _Layer:
         return self.call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return self.its_own[name] if name in self.its_own else getattr(self.stands_for, name)
+        own = self.its_own.get(name)
+        return getattr(self.stands_for, name) if own is None else own
 
     def get_parameter(self, name: str) -> nn.Parameter:
         """As of the layer that this stands for."""
-        return self.its_own[name] if name in self.its_own else self.stands_for.get_parameter(name)
+        own = self.its_own.get(name)
+        return self.stands_for.get_parameter(name) if own is None else own
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -46,3 +46,8 @@ def check_name(name: str) -> str:
 def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, without repetition, in order."""
     return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+
+
+def without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The other names, in order."""
+    return tuple(other for other in names if other != name)

@@ -16,6 +16,7 @@ from torch import nn
 from graftlm.core.errors import TargetError
 from graftlm.methods.families import ROLES, roles_of
 from graftlm.methods.site import base_modules
+from graftlm.quant.facts import is_in_few_bits
 
 
 class Targeting(Protocol):
@@ -69,7 +70,7 @@ def named(model: nn.Module, names: Iterable[str], field: str) -> list[str]:
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             problems.append(f"{name!r} matches no module{_near(name, modules)}")
-        elif all(next(modules[path].parameters(), None) is None for path in paths):
+        elif not any(_holds(modules[path]) for path in paths):
             problems.append(f"{name!r} has no parameters")
         chosen += [p for p in paths if p not in chosen]
     if problems:
@@ -77,6 +78,10 @@ def named(model: nn.Module, names: Iterable[str], field: str) -> list[str]:
             f"{_count(problems)} in {field}.", problems=problems, fix="Name modules of this model."
         )
     return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+
+
+def _holds(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or is_in_few_bits(module)
 
 
 def _matching(

@@ -20,6 +20,7 @@ from graftlm.core.errors import TargetError
 from graftlm.methods.base import Dense, Layer, LayerAdapter, Maker, MethodConfig, Part
 from graftlm.methods.low_rank import embedding_scale
 from graftlm.methods.site import Site, base_modules
+from graftlm.quant.facts import is_in_few_bits
 
 Indices = tuple[int, ...]
 
@@ -187,6 +188,9 @@ def token_places(
     makers: dict[str, Maker] = {}
     owners: dict[str, str] = {}
     for path, ids in wanted.items():
+        if is_in_few_bits(modules[path]):
+            problems.append(f"{path} is stored in few bits: load the base with its embeddings in 16")
+            continue
         table = modules[path].get_parameter("weight")
         if outside := [i for i in ids if i >= len(table)]:
             problems.append(f"{path} has {len(table)} rows: no {outside}")
@@ -240,10 +244,14 @@ def _table(module: nn.Module) -> nn.Embedding | nn.Linear:
     return module
 
 
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.Linear) and not is_in_few_bits(module)
+
+
 def _tables(modules: Mapping[str, nn.Module], name: str, problems: list[str]) -> list[str]:
     paths = [path for path in modules if path == name or path.endswith(f".{name}")]
     paths = paths or [path for path in modules if re.fullmatch(name, path)]
-    found = [path for path in paths if isinstance(modules[path], nn.Embedding | nn.Linear)]
+    found = [path for path in paths if _is_table(modules[path])]
     if not found:
         problems.append(f"{name!r} matches no embedding")
     return found
@@ -264,7 +272,7 @@ def _tied(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     return [
         other
         for other, module in modules.items()
-        if other != path and isinstance(module, nn.Embedding | nn.Linear) and _is_same(module.weight, weight)
+        if other != path and _is_table(module) and _is_same(module.get_parameter("weight"), weight)
     ]
 
 

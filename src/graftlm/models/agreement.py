@@ -65,6 +65,15 @@ def logits_on(model: nn.Module, probes: Sequence[Sequence[int]]) -> list[Tensor]
         model.train(was_training)
 
 
+def mean_nll(logits: Sequence[Tensor], probes: Sequence[Sequence[int]]) -> float:
+    """Negative log-likelihood of the probes' own tokens, nats per token; logits [tokens, vocabulary] each."""
+    losses = [
+        F.cross_entropy(given[:-1].double(), torch.tensor(list(probe[1:])), reduction="sum")
+        for given, probe in zip(logits, probes, strict=True)
+    ]
+    return float(sum(losses)) / sum(len(probe) - 1 for probe in probes)
+
+
 def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement:
     """Compare two sets of logits on the same probes; where one is not finite, they are infinitely far apart.
 

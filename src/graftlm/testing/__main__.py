@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Mapping
 
+from graftlm.testing.models import QUANTISED
 from graftlm.testing.properties import PROPERTIES
 from graftlm.testing.rows import ROWS
-from graftlm.testing.suite import MATRIX, REFUSAL, Report, examine
+from graftlm.testing.suite import MATRIX, ON_QUANTISED, REFUSAL, Report, examine
 
 COLUMNS = (*PROPERTIES, REFUSAL)
 
@@ -18,13 +19,16 @@ def main() -> int:
     """Print the table; 1 if any cell failed."""
     parser = argparse.ArgumentParser(prog="python -m graftlm.testing", description=__doc__)
     parser.add_argument("--method", action="append", choices=ROWS, help="only this row, with its whole table")
-    parser.add_argument("--kind", action="append", choices=MATRIX, help="only this kind of model")
+    parser.add_argument(
+        "--kind", action="append", choices=(*MATRIX, *QUANTISED), help="only this kind of model"
+    )
     parser.add_argument("--property", action="append", choices=PROPERTIES, help="only this property")
     options = parser.parse_args()
     reports: dict[str, Report] = {}
     for name in options.method or ROWS:
         start = time.perf_counter()
-        reports[name] = examine(ROWS[name], options.kind or MATRIX, options.property or tuple(PROPERTIES))
+        kinds = options.kind or (*MATRIX, *ON_QUANTISED)
+        reports[name] = examine(ROWS[name], kinds, options.property or tuple(PROPERTIES))
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     for name, report in reports.items():
         if options.method:

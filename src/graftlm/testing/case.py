@@ -17,7 +17,7 @@ from graftlm.methods.attach import attach
 from graftlm.methods.base import MethodConfig
 from graftlm.methods.ia3 import IA3Config
 from graftlm.methods.lora import LoraConfig
-from graftlm.testing.models import batch, logits, tiny
+from graftlm.testing.models import batch, logits, tiny, unquantised
 
 MOST = ("llama", "llama-tied", "gemma3", "bert", "roberta", "gpt2")
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -45,14 +45,20 @@ class Case:
     """
 
     kind: str
-    """One of `graftlm.testing.models.KINDS`."""
+    """One of `graftlm.testing.models.KINDS`, or of `QUANTISED` there."""
     config: MethodConfig
     exceptions: Mapping[str, str] = field(default_factory=dict)
     """`property` or `property/kind` -> why the method does not have it."""
 
     def exception(self, name: str) -> str:
         """Why the method does not have the property of that name here, as declared; "" if it should."""
-        return self.exceptions.get(f"{name}/{self.kind}", self.exceptions.get(name, ""))
+        keys = (f"{name}/{self.kind}", f"{name}/{self.family}", name)
+        return next((self.exceptions[key] for key in keys if key in self.exceptions), "")
+
+    @property
+    def family(self) -> str:
+        """The kind of model, whatever its weights are stored in."""
+        return unquantised(self.kind)
 
     @property
     def other(self) -> MethodConfig:
@@ -66,7 +72,7 @@ class Case:
 
     def shallow(self) -> Any:
         """A fresh model of one layer, for what takes seconds per layer."""
-        return tiny(self.kind, **SETTINGS.get(self.kind, {}), **ONE_LAYER.get(self.kind, {}))
+        return tiny(self.kind, **SETTINGS.get(self.family, {}), **ONE_LAYER.get(self.family, {}))
 
     def inputs(self, *, rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
         """A batch with labels."""
@@ -112,7 +118,7 @@ class Adapted:
 
 @cache
 def _base(kind: str) -> Any:
-    return tiny(kind, **SETTINGS.get(kind, {}))
+    return tiny(kind, **SETTINGS.get(unquantised(kind), {}))
 
 
 @cache

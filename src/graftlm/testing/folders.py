@@ -17,6 +17,7 @@ from torch import Tensor
 from graftlm.core.errors import FormatError
 from graftlm.formats.layout import CONFIG, FOLDER, TENSORS
 from graftlm.methods.attach import adapters_of, attach_folder
+from graftlm.quant.convert import dequantise
 from graftlm.testing.case import Adapted, Case
 from graftlm.testing.expect import expect, expect_close, expect_equal, expect_refusal
 from graftlm.testing.models import logits
@@ -92,7 +93,7 @@ def to_peft(case: Case) -> None:
     with folder() as here, _quiet_peft():
         adapted = case.adapted()
         adapted.adapters.save(here / "ours")
-        theirs = peft.PeftModel.from_pretrained(case.base(), here / "ours").eval()
+        theirs = peft.PeftModel.from_pretrained(_for_peft(case), here / "ours").eval()
         expect_close(_logits(theirs, adapted.inputs), adapted.logits(), "PEFT's logits", rtol=0, atol=1e-5)
         theirs.save_pretrained(str(here / "again"))
         _same_tensors(here / "ours", here / "again", "what PEFT saves again")
@@ -107,7 +108,7 @@ def from_peft(case: Case) -> None:
         config = peft.PeftConfig.from_pretrained(str(here / "ours"))
         config.inference_mode = False
         torch.manual_seed(2)
-        theirs: Any = peft.get_peft_model(case.base(), config).eval()
+        theirs: Any = peft.get_peft_model(_for_peft(case), config).eval()
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -130,10 +131,17 @@ def unknown_to_peft(case: Case) -> None:
     with folder() as here, _quiet_peft():
         case.adapted().adapters.save(here / "ours")
         try:
-            peft.PeftModel.from_pretrained(case.base(), here / "ours")
+            peft.PeftModel.from_pretrained(_for_peft(case), here / "ours")
         except (KeyError, ValueError, TypeError):
             return
     raise AssertionError("PEFT loads the folder without complaint, although it does not have the method")
+
+
+def _for_peft(case: Case) -> Any:
+    """The base as PEFT can take it: with weights read out that are stored in few bits here."""
+    model = case.base()
+    dequantise(model, torch.float32)
+    return model
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.quant.convert import quantise
+from graftlm.quant.scheme import Scheme
+
 VOCABULARY = 48
 
 DECODER = {
@@ -71,6 +74,15 @@ KINDS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Name of a kind -> class of the model, class of its config, settings."""
 
+QUANTISED: Mapping[str, tuple[str, str]] = {
+    f"{kind}-{scheme}": (kind, scheme)
+    for kind, scheme in (
+        *(("llama", scheme) for scheme in ("nf4", "fp4", "int8", "fp8")),
+        *((kind, "nf4") for kind in ("gpt2", "bert", "t5", "bart")),
+    )
+}
+"""Name of a kind whose linear layers are stored in few bits -> the kind it is made from, the scheme."""
+
 ENCODERS = ("bert", "roberta")
 ENCODER_DECODERS = ("t5", "bart")
 
@@ -80,9 +92,16 @@ def tiny(kind: str, *, seed: int = 0, **changes: Any) -> Any:
 
     >>> sum(p.numel() for p in tiny("llama").parameters())
     18592
+    >>> tiny("llama-nf4").model.layers[0].mlp.up_proj
+    QuantisedLinear(32, 48, bias=False, nf4)
     """
     import transformers
 
+    if kind in QUANTISED:
+        kind, scheme = QUANTISED[kind]
+        model = tiny(kind, seed=seed, **changes)
+        quantise(model, Scheme.parse(scheme))
+        return model
     model_class, config_class, settings = KINDS[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**(settings | changes))
@@ -96,11 +115,21 @@ def tiny(kind: str, *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def unquantised(kind: str) -> str:
+    """The kind that a quantised kind is made from; a plain kind is its own.
+
+    >>> unquantised("llama-nf4"), unquantised("llama-tied")
+    ('llama', 'llama-tied')
+    """
+    return QUANTISED.get(kind, (kind, ""))[0]
+
+
 def batch(kind: str, *, rows: int = 3, length: int = 7, seed: int = 0) -> dict[str, Tensor]:
     """Inputs and labels that fit the kind of model; ids [rows, length]."""
     generator = torch.Generator().manual_seed(100 + seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kind = unquantised(kind)
     if kind in ENCODERS:
         return inputs | {"labels": torch.randint(3, (rows,), generator=generator)}
     if kind in ENCODER_DECODERS:

@@ -24,7 +24,7 @@ LENGTHS = (7, 3, 5, 4, 6)
 
 def no_generation(case: Case) -> str:
     """Why this kind of model does not generate, or nothing."""
-    return f"{case.kind} is an encoder and generates nothing" if case.kind in ENCODERS else ""
+    return f"{case.kind} is an encoder and generates nothing" if case.family in ENCODERS else ""
 
 
 def generates(case: Case) -> None:
@@ -36,7 +36,7 @@ def generates(case: Case) -> None:
     expect_equal(together, alone, "tokens of a padded batch, against each prompt alone")
     uncached = _generate(case, adapted, prompts, use_cache=False)
     expect_equal(uncached, together, "tokens without the cache")
-    if case.kind not in ENCODER_DECODERS:
+    if case.family not in ENCODER_DECODERS:
         expect_equal(_greedy(adapted, prompts[0]), together[:1], "tokens against the argmax of the logits")
     beams = _generate(case, adapted, prompts, num_beams=2)
     alone = torch.cat([_generate(case, adapted, [prompt], num_beams=2) for prompt in prompts])
@@ -101,7 +101,7 @@ def _without_loss(case: Case, adapted: Adapted) -> dict[str, Tensor]:
     """No labels: some models log a warning where they choose a loss, which no compiler takes."""
     inputs = dict(adapted.inputs)
     labels = inputs.pop("labels")
-    return inputs | ({"decoder_input_ids": labels} if case.kind in ENCODER_DECODERS else {})
+    return inputs | ({"decoder_input_ids": labels} if case.family in ENCODER_DECODERS else {})
 
 
 def _prompts(case: Case) -> list[Tensor]:
@@ -116,7 +116,7 @@ def _generate(case: Case, adapted: Adapted, prompts: Sequence[Tensor], **options
     first token, on the right.
     """
     longest = max(map(len, prompts))
-    on_right = case.kind in ENCODER_DECODERS
+    on_right = case.family in ENCODER_DECODERS
     pads = [(0, longest - len(p)) if on_right else (longest - len(p), 0) for p in prompts]
     ids = torch.stack([F.pad(prompt, sides) for prompt, sides in zip(prompts, pads, strict=True)])
     mask = torch.stack([F.pad(torch.ones_like(p), sides) for p, sides in zip(prompts, pads, strict=True)])

@@ -12,12 +12,15 @@ from graftlm.core.errors import ConfigError, GraftError
 from graftlm.methods.base import MethodConfig
 from graftlm.testing.case import Case
 from graftlm.testing.expect import expect_refusal
-from graftlm.testing.models import KINDS
+from graftlm.testing.models import KINDS, QUANTISED, unquantised
 from graftlm.testing.properties import PROPERTIES, Outcome, check, why_not
 from graftlm.testing.snapshot import snapshot
 
 MATRIX = ("llama", "gpt2", "bert", "roberta", "t5", "bart")
 """Two decoders, two encoders, two encoder-decoders."""
+
+ON_QUANTISED = ("llama-nf4",)
+"""Kinds of quantised base on which `python -m graftlm.testing` shows every row too."""
 
 REFUSAL = "refusal"
 """The one cell of a kind of model that a method does not take: attaching is refused, nothing changes."""
@@ -37,21 +40,27 @@ class Subject:
     def __post_init__(self) -> None:
         named = [key.partition("/") for key in self.exceptions]
         require_known("property", (name for name, _, _ in named), PROPERTIES)
-        require_known("kind of model", (*self.refused, *(kind for _, _, kind in named if kind)), KINDS)
+        require_known(
+            "kind of model", (*self.refused, *(kind for _, _, kind in named if kind)), (*KINDS, *QUANTISED)
+        )
 
     def case(self, kind: str) -> Case:
         """The method on one kind of model."""
-        config = self.config if isinstance(self.config, MethodConfig) else self.config(kind)
+        config = self.config if isinstance(self.config, MethodConfig) else self.config(unquantised(kind))
         return Case(kind, config, self.exceptions)
+
+    def refusal(self, kind: str) -> str:
+        """Why attaching to a kind of model is refused, as declared; "" if it is not."""
+        return self.refused.get(kind, self.refused.get(unquantised(kind), ""))
 
     def cells(
         self, kinds: Sequence[str] = MATRIX, properties: Sequence[str] = tuple(PROPERTIES)
     ) -> Iterator[Cell]:
         """Everything there is to check."""
         require_known("property", properties, PROPERTIES)
-        require_known("kind of model", kinds, KINDS)
+        require_known("kind of model", kinds, (*KINDS, *QUANTISED))
         for kind in kinds:
-            names = [REFUSAL] if kind in self.refused else properties
+            names = [REFUSAL] if self.refusal(kind) else properties
             yield from (Cell(self.case(kind), name) for name in names)
 
 
@@ -100,8 +109,8 @@ class Report:
         names = list(dict.fromkeys(finding.property for finding in self.findings))
         found = {(finding.property, finding.kind): finding.outcome for finding in self.findings}
         width = max(map(len, names), default=0)
-        lines = [" " * width + "".join(f"{kind:>9}" for kind in kinds)]
-        lines += [f"{n:{width}}" + "".join(f"{found.get((n, k), '-'):>9}" for k in kinds) for n in names]
+        lines = [" " * width + "".join(f"{kind:>11}" for kind in kinds)]
+        lines += [f"{n:{width}}" + "".join(f"{found.get((n, k), '-'):>11}" for k in kinds) for n in names]
         reasons = dict.fromkeys(
             f"{f.property}: {f.words}" for f in self.findings if f.words and f.outcome != "failed"
         )
@@ -129,7 +138,7 @@ def check_method(
 
     Args:
         config: the method's config, or a function that gives one for a kind of model.
-        kinds: names from `graftlm.testing.models.KINDS`.
+        kinds: names from `graftlm.testing.models.KINDS`, and from `QUANTISED` there.
         exceptions: `property` or `property/kind` -> why the method does not have it.
         refused: kind -> why the method does not go on it.
         properties: names from `graftlm.testing.properties.PROPERTIES`.
@@ -177,7 +186,7 @@ def _finding(cell: Cell, subject: Subject) -> Finding:
         return Finding(kind, cell.property, "failed", words)
     if outcome == "holds":
         return Finding(kind, cell.property, outcome)
-    reason = subject.refused.get(kind) or why_not(cell.property, cell.case)
+    reason = subject.refusal(kind) or why_not(cell.property, cell.case)
     return Finding(kind, cell.property, outcome, reason)
 
 

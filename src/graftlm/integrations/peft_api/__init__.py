@@ -28,6 +28,9 @@ from graftlm.integrations.peft_api.configs import (
     TaskType,
     TrainableTokensConfig,
 )
+from graftlm.integrations.peft_api.loftq import (
+    replace_lora_weights_loftq,
+)
 from graftlm.integrations.peft_api.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -46,6 +49,9 @@ from graftlm.integrations.peft_api.state_dict import (
 from graftlm.integrations.peft_api.status import (
     get_model_status,
 )
+from graftlm.methods.starts.initialise import (
+    LoftQConfig,
+)
 
 __all__ = [
     "AdaptionPromptConfig",
@@ -57,6 +63,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "IA3Config",
+    "LoftQConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
@@ -78,5 +85,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftlm.quant.convert import is_quantised, quantised_layers
+from graftlm.quant.facts import is_packed
+
 KEEPS_ITS_DTYPES = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 """Ways of quantising whose other parameters belong to their kernels and stay as they are."""
 
@@ -20,18 +23,30 @@ def prepare_model_for_kbit_training(
     """Freeze a model, widen what is not quantised to float32, and recompute activations of a quantised one.
 
     The model itself is changed and returned, as in PEFT. `auto_clear_cache` frees what this left on a GPU.
+
+    A base that Graft quantised keeps its bfloat16: norms compute in float32 there anyway, and embeddings and
+    head would take twice their memory. PEFT cannot adapt such a base; on what it can, this does as PEFT does.
     """
-    packing = getattr(model, "quantization_method", None)
-    is_packed = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"))
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if packing not in KEEPS_ITS_DTYPES and parameter.dtype in (torch.float16, torch.bfloat16):
+    narrow = _widened_types(model)
+    packed = {id(module._parameters.get("weight")) for module in model.modules() if is_packed(module)}
+    for parameter in model.parameters():
+        if parameter.dtype in narrow and id(parameter) not in packed:
             parameter.data = parameter.data.float()
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if use_gradient_checkpointing and (is_packed or packing in KEEPS_ITS_DTYPES):
+    if use_gradient_checkpointing and is_quantised(model):
         enable_activation_checkpointing(model, gradient_checkpointing_kwargs)
     return model
+
+
+def _widened_types(model: nn.Module) -> tuple[torch.dtype, ...]:
+    if getattr(model, "quantization_method", None) in KEEPS_ITS_DTYPES:
+        return ()
+    if quantised_layers(model):
+        return (torch.float16,)  # gradients leave its range
+    return (torch.float16, torch.bfloat16)
 
 
 def enable_activation_checkpointing(

@@ -18,6 +18,7 @@ from graftlm.core.files import write_atomic
 from graftlm.core.notices import notice
 from graftlm.formats.layout import CONFIG
 from graftlm.integrations.peft_api.folders import HUB, adapter_folder
+from graftlm.methods.starts.initialise import LoftQConfig
 
 
 class TaskType(StrEnum):
@@ -147,7 +148,7 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] | None = Field(default_factory=dict)
+    loftq_config: dict[str, Any] | LoftQConfig | None = Field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None

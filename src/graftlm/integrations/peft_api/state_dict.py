@@ -18,6 +18,7 @@ from graftlm.integrations.peft_api.meaning import method_config
 from graftlm.integrations.peft_api.starts import draw_as_in_peft
 from graftlm.methods.adapter_set import AdapterSet, ParameterType
 from graftlm.methods.attach import adapters_of, attach, attach_folder
+from graftlm.models.attach import start_from_originals, taken_off_on_error, without_loftq
 
 
 def inject_adapter_in_model(
@@ -39,8 +40,12 @@ def make_adapter(
 ) -> AdapterSet:
     """A new adapter on `model`: active and trainable if it is the first; values drawn as PEFT draws them."""
     state = torch.get_rng_state()
-    adapters = attach(model, method_config(config, model), name, storage=FOLDER, dtype=dtype)
+    wanted, loftq = without_loftq(method_config(config, model))
+    adapters = attach(model, wanted, name, storage=FOLDER, dtype=dtype)
     draw_as_in_peft(adapters, name, state)
+    if loftq is not None:
+        with taken_off_on_error(adapters, name):
+            start_from_originals(adapters, name, loftq)
     if config.inference_mode:
         adapters.train_only([other for other in adapters.trainable if other != name])
     return adapters

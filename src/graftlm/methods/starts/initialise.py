@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftlm.core.config import Config, suggest
@@ -106,13 +107,13 @@ def orthogonal(shape: Shape, r: int) -> Start:
 def pissa(weight: Tensor, r: int, scaling: float) -> Start:
     """The r principal singular directions of the weight (Meng et al. 2024, arXiv 2404.02948)."""
     u, values, vh = torch.linalg.svd(weight, full_matrices=False)
-    return _shared(u[:, :r], values[:r] / scaling, vh[:r])
+    return shared_out(u[:, :r], values[:r] / scaling, vh[:r])
 
 
 def pissa_fast(weight: Tensor, r: int, scaling: float, iterations: int) -> Start:
     """`pissa` by a randomised SVD with that many power iterations: seconds for a large layer, not minutes."""
     u, values, v = torch.svd_lowrank(weight, q=r, niter=iterations)
-    return _shared(u, values / scaling, v.t())
+    return shared_out(u, values / scaling, v.t())
 
 
 def olora(weight: Tensor, r: int) -> Start:
@@ -121,7 +122,7 @@ def olora(weight: Tensor, r: int) -> Start:
     return Start(upper[:r].contiguous(), q[:, :r].contiguous(), is_subtracted=True)
 
 
-def _shared(u: Tensor, values: Tensor, vh: Tensor) -> Start:
+def shared_out(u: Tensor, values: Tensor, vh: Tensor) -> Start:
     """Singular values shared out evenly between the factors."""
     root = values.sqrt()
     return Start((root[:, None] * vh).contiguous(), (u * root).contiguous(), is_subtracted=True)
@@ -198,7 +199,7 @@ def doubled(
     }
 
 
-NAMES = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "eva")
+NAMES = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "eva", "loftq")
 
 
 def checked(init: bool | str) -> bool | str:
@@ -240,9 +241,33 @@ class EvaConfig(Config):
     """Give a layer whose rank changed the alpha that keeps its scaling."""
 
 
+class LoftQConfig(Config):
+    """How LoftQ corrects a quantised base, with PEFT's names."""
+
+    loftq_bits: Literal[4, 8] = 4
+    """What the base is stored in."""
+    loftq_iter: int = 1
+    """Steps of correcting; each after the first would quantise the base anew."""
+
+    @field_validator("loftq_iter")
+    @classmethod
+    def _one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("can only be 1: more would replace the base, which is never edited here")
+        return value
+
+
+def say_loftq_needs_originals() -> None:
+    """LoftQ starts from weights that a quantised base no longer has."""
+    notice(
+        "init_lora_weights='loftq' starts like a plain LoRA until it has seen the weights before quantising:"
+        " use graftlm.attach, or graftlm.methods.starts.loftq.correct_quantisation(adapters, name, original)."
+    )
+
+
 def say_eva_needs_data() -> None:
     """EVA starts from data, which attaching alone does not have."""
     notice(
         "init_lora_weights='eva' starts like a plain LoRA until it has seen data: before training, call"
-        " graftlm.methods.eva.initialise_from_data(adapters, name, batches)."
+        " graftlm.methods.starts.eva.initialise_from_data(adapters, name, batches)."
     )
