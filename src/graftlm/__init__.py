@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from graftlm.methods.prompt import PromptTuningConfig as PromptTuningConfig
     from graftlm.methods.tokens import TrainableTokensConfig as TrainableTokensConfig
     from graftlm.models.load import load_model as load_model
+    from graftlm.models.save_quantised import save_base as save_base
     from graftlm.training.recipe import Recipe as Recipe
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "PromptTuningConfig": "graftlm.methods.prompt",
     "TrainableTokensConfig": "graftlm.methods.tokens",
     "load_model": "graftlm.models.load",
+    "save_base": "graftlm.models.save_quantised",
     "Recipe": "graftlm.training.recipe",
 }
 

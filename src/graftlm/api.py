@@ -11,6 +11,7 @@ from graftlm.formats.layout import FOLDER
 from graftlm.methods import attach as attaching
 from graftlm.methods.adapter_set import AdapterSet, ParameterType
 from graftlm.methods.base import MethodConfig
+from graftlm.models.attach import attach_from_base
 from graftlm.verbs.chat import chat as chat
 from graftlm.verbs.check import check as check
 from graftlm.verbs.combine import combine as combine
@@ -39,6 +40,7 @@ def attach(
 
     Raises:
         TargetError, AdapterError, FormatError: the model is untouched.
+        ModelError: `init_lora_weights="loftq"` finds no weights from before the base was quantised.
 
     >>> import graftlm as gl
     >>> model, tokenizer = gl.load_model("sprout")
@@ -47,7 +49,7 @@ def attach(
     ('default',)
     """
     if isinstance(adapter, MethodConfig):
-        return attaching.attach(model, adapter, name, storage=FOLDER, dtype=dtype)
+        return attach_from_base(model, adapter, name, dtype=dtype)
     return attaching.attach_folder(model, Path(adapter), name, storage=FOLDER)
 
 

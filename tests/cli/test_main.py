@@ -20,7 +20,7 @@ OPTIONS = {
     "tune": {"--model", "--method", "--task", "--out", "--set", "--resume"},
     "check": {"--model", "--max-length", "--format", "--template"},
     "eval": {"--data", "--against", "--base", "--limit"},
-    "merge": {"--out", "--base", "--dtype"},
+    "merge": {"--base", "--dtype", "--force", "--into", "--out", "--requantize"},
     "chat": {"--base", "--prompt", "--max-new-tokens"},
     "combine": {"--base", "--density", "--how", "--majority-sign", "--out", "--rank", "--seed"},
     "env": set(),

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graftlm.quant.linear import QuantisedLinear
+from graftlm.quant.packed import encode
+from graftlm.quant.scheme import Scheme
 from graftlm.training.interfaces import HeldOut
 
 VOCABULARY = 32
@@ -32,6 +35,7 @@ class Settings:
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     loraplus_lr_ratio: float | None = None
+    optim: str = "adamw"
     save_steps: int | None = 2
     save_total_limit: int = 2
     eval_steps: int | None = None
@@ -42,9 +46,9 @@ class Settings:
 class Adapted(nn.Module):
     """A frozen linear with a low-rank change behind dropout."""
 
-    def __init__(self, base: nn.Linear, rank: int, dropout: float) -> None:
+    def __init__(self, base: nn.Linear, rank: int, dropout: float, scheme: Scheme | None = None) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base.requires_grad_(False) if scheme is None else packed(base, scheme)
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) * 0.1)
         self.lora_B = nn.Parameter(torch.randn(base.out_features, rank) * 0.1)
@@ -53,12 +57,24 @@ class Adapted(nn.Module):
         return self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T
 
 
-def make_model(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def packed(layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
+    return QuantisedLinear(encode(layer.weight.detach(), scheme), None, layer.weight.dtype)
+
+
+def make_model(
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    width: int = 16,
+    rank: int = 2,
+    quantization: str = "none",
+) -> LlamaForCausalLM:
     torch.manual_seed(3)
+    scheme = None if quantization == "none" else Scheme.parse(quantization)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -68,8 +84,8 @@ def make_model(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Llam
     model = LlamaForCausalLM(config).requires_grad_(False)
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
-            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), 2, dropout))
-        layer.mlp.down_proj = Adapted(layer.mlp.down_proj, 2, dropout)
+            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), rank, dropout, scheme))
+        layer.mlp.down_proj = Adapted(layer.mlp.down_proj, rank, dropout, scheme)
         layer.input_layernorm.weight.requires_grad_(True)  # a vector among the matrices
     return model.to(dtype).eval()
 

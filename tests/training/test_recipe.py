@@ -100,11 +100,12 @@ def test_names_of_other_tools_lead_to_ours(section: str, alias: str, name: str, 
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("model.quantization=nf4", "quantised bases are not in this version"),
-        ("method.type=qlora", "this method is not in this version"),
+        ("model.quantization=nf5", "'none', 'nf4', 'fp4', 'int8' or 'fp8'"),
+        ("model.double_quant=false", "double_quant has no effect with quantization: none"),
+        ("model.compute_dtype=float32", "compute_dtype belongs to a quantised base; write dtype"),
         ("method=lorra", "no such method; did you mean 'lora'"),
         ("task=dpo", "this task is not in this version"),
-        ("train.optim=paged_adamw_8bit", "this optimizer is not in this version"),
+        ("train.optim=adamw8bit", "'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'paged_adamw_32bit'"),
         ("output.register_as=mine", "the registry is not in this version"),
         ("train.learning_rate=0", "greater than 0"),
         ("method.lora_alpha=0", "method.lora_alpha: Input should be greater than 0"),
@@ -118,6 +119,42 @@ def test_values_that_are_refused(assignment: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
         make_recipe(LEAST, [assignment])
     assert says in "\n".join(refused.value.problems)
+
+
+def test_qlora_is_lora_on_four_bits() -> None:
+    recipe = make_recipe(LEAST, ["method=qlora"])
+    assert (recipe.model.quantization, recipe.model.double_quant) == ("nf4", True)
+    assert recipe.method.config == Method.parse("lora").config
+    assert recipe.method.summary.startswith("qlora r=16")
+    assert make_recipe(LEAST, ["method=qlora", "model.quantization=int8"]).model.quantization == "int8"
+    assert make_recipe(LEAST).model.quantization == "none"
+    built = Recipe(
+        model=ModelSection(name="a"), data=DataSection(path="b"), method=Method.parse({"type": "qlora"})
+    )
+    assert built.model.quantization == "nf4"
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, ["method=qlora", "model.quantization=none"])
+    assert "qlora trains on a quantised base" in refused.value.problems[0]
+
+
+def test_a_quantised_base_has_one_type() -> None:
+    recipe = make_recipe(LEAST, ["model.quantization=nf4", "model.dtype=float32"])
+    assert recipe.model.compute_dtype == "float32"
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, ["model.quantization=nf4", "model.dtype=float32", "model.compute_dtype=bfloat16"])
+    assert "contradict each other" in refused.value.problems[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8", "fp8"])
+def test_a_complete_recipe_means_the_same(method: str, quantization: str) -> None:
+    """What a run writes beside its results, read again: defaults are then written values."""
+    import yaml
+
+    if (method, quantization) == ("qlora", "none"):
+        return
+    recipe = make_recipe(LEAST, [f"method={method}", f"model.quantization={quantization}"])
+    assert Recipe.model_validate(yaml.safe_load(dump_yaml(recipe))) == recipe
 
 
 def test_lora_plus_belongs_to_lora() -> None:

@@ -20,6 +20,7 @@ import rig
 
 from graftlm.core.errors import GraftError
 from graftlm.training.loop import train
+from graftlm.training.low_bit_optim import require_optimizer
 
 # Audit events, and how many of their arguments are paths or descriptors (the last: of a directory).
 _EVENTS = {"open": 1, "os.mkdir": 1, "os.rename": 2, "os.remove": 2, "os.rmdir": 2, "os.truncate": 1}
@@ -94,7 +95,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     run = Path(job["run"])
     known = {item.name for item in fields(rig.Settings)}
     settings = rig.Settings(**{key: value for key, value in job.items() if key in known})
-    model = rig.make_model()
+    model = rig.make_model(**job.get("model", {}))
     batches = rig.RowBatches(rig.make_rows(job.get("rows", 7), seed=job.get("data_seed", 11)))
     kill = job.get("signal_at", {})
     calls: dict[str, int] = {}
@@ -158,6 +159,7 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     for line in sys.stdin:
         job = json.loads(line)
+        require_optimizer(job.get("optim", "adamw"))  # imported here, once, and not by every child
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

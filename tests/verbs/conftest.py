@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests here share one modul
 
 from runs import SETTINGS, Outcome, write_rows
 
-from graftlm.verbs.tune import TuneResult, tune
+from graftlm.verbs.tune import tune
+from graftlm.verbs.tune_result import TuneResult
 
 
 @pytest.fixture(scope="session", autouse=True)

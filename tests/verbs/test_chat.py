@@ -12,7 +12,7 @@ from graftlm.data.encode import encode_prompt
 from graftlm.data.records import Example, Turn
 from graftlm.models.generate import generate_text
 from graftlm.verbs.chat import ChatSession, chat
-from graftlm.verbs.tune import TuneResult
+from graftlm.verbs.tune_result import TuneResult
 
 QUESTION = "What is twice 21?"
 

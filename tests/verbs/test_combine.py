@@ -33,7 +33,7 @@ from graftlm.models.sprout import sprout_folder
 from graftlm.testing.case import stir
 from graftlm.verbs import combine as verb
 from graftlm.verbs.combine import combine
-from graftlm.verbs.tune import TuneResult
+from graftlm.verbs.tune_result import TuneResult
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is deprecated and will be removed in v6:FutureWarning",

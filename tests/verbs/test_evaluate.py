@@ -11,7 +11,8 @@ from runs import SETTINGS, Outcome, write_rows
 
 from graftlm.core.errors import DataError, FormatError
 from graftlm.verbs.evaluate import evaluate
-from graftlm.verbs.tune import TuneResult, tune
+from graftlm.verbs.tune import tune
+from graftlm.verbs.tune_result import TuneResult
 
 
 @pytest.fixture(scope="session")

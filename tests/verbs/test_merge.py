@@ -20,7 +20,7 @@ from graftlm.methods.lora import LoraConfig
 from graftlm.models import agreement as models_agreement
 from graftlm.models.load import load_model
 from graftlm.verbs.merge import MergeResult, merge
-from graftlm.verbs.tune import TuneResult
+from graftlm.verbs.tune_result import TuneResult
 
 IDS = torch.arange(3, 43).unsqueeze(0)
 

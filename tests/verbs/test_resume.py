@@ -19,7 +19,8 @@ from runs import SETTINGS, Outcome, assignments, files_of
 
 from graftlm.core.errors import CheckpointError, ConfigError, UsageError
 from graftlm.core.events import read_events
-from graftlm.verbs.tune import TuneResult, tune
+from graftlm.verbs.tune import tune
+from graftlm.verbs.tune_result import TuneResult
 
 
 def in_events(kind: str, step: int = 0) -> Callable[[Path], bool]:

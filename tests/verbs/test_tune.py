@@ -22,7 +22,8 @@ from graftlm.methods.attach import attach_folder
 from graftlm.models.load import load_model
 from graftlm.models.sprout import sprout_folder
 from graftlm.training.recipe import Recipe, load_recipe
-from graftlm.verbs.tune import TuneResult, tune
+from graftlm.verbs.tune import tune
+from graftlm.verbs.tune_result import TuneResult
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers 5 for names that it gave up
     "ignore:.* is deprecated and will be removed in v6:FutureWarning"

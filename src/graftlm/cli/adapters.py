@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             ("graft merge runs/a --out merged", "verified"),
             ("graft merge runs/a --out merged --dtype bfloat16", "stored in 16 bits"),
+            ("graft merge runs/a --out merged --requantize int8", "in 8 bits, checked"),
         ),
     )(merge)
     app.command(
@@ -44,13 +45,29 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Number format of the merged model.")
     ] = None,
+    into: Annotated[
+        str,
+        typer.Option(
+            "--into",
+            metavar="trained|original",
+            help="Of a quantised base: the weights that the adapter was trained on, or those before.",
+        ),
+    ] = "trained",
+    requantize: Annotated[
+        str | None,
+        typer.Option("--requantize", metavar="KIND", help="Store it as nf4, fp4, int8, fp8; says the loss."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Requantise although most of the adapter is lost.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Write base and adapter as one model, verified."""
     from graftlm import api
 
-    return finish(api.merge(adapter, out, base=base, dtype=dtype), as_json=as_json)
+    result = api.merge(adapter, out, base=base, dtype=dtype, into=into, requantize=requantize, force=force)
+    return finish(result, as_json=as_json)
 
 
 def chat(

@@ -15,7 +15,8 @@ from graftlm.cli.output import finish
 _WHAT = "What to train"
 _RUN = "The run"
 _TYPES = (
-    "lora, dora, ia3, bottleneck, prefix, prompt, adaption_prompt, tokens; the baselines full, biases, norms."
+    "lora, qlora, dora, ia3, bottleneck, prefix, prompt, adaption_prompt, tokens; "
+    "the baselines full, biases, norms."
 )
 
 Method = Annotated[str | None, typer.Option("--method", metavar="TYPE", help=_TYPES, rich_help_panel=_WHAT)]

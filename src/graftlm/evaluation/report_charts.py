@@ -105,6 +105,27 @@ def interval_chart(before: Interval, after: Interval, show: Callable[[float], st
     )
 
 
+def bar_chart(title: str, bars: Sequence[tuple[str, float]], show: Callable[[float], str]) -> str:
+    """A figure of horizontal bars from zero, one under the other, each with its name and its value."""
+    if not bars:
+        return ""
+    high = max(value for _, value in bars) or 1.0
+    rows = []
+    for place, (name, value) in enumerate(bars):
+        y, width = 28 * place, 80 * value / high  # a fifth is left for the value
+        rows.append(
+            f'<g class="accent"><text class="tick" x="-10" y="{y + 15}" text-anchor="end">{text(name)}</text>'
+            f'<rect class="bar" x="0" y="{y + 3}" width="{width:.2f}%" height="16" rx="3"/>'
+            f'<text class="tick" x="{width:.2f}%" dx="8" y="{y + 15}">{text(show(value))}</text></g>'
+        )
+    summary = text("; ".join(f"{name} {show(value)}" for name, value in bars))
+    return (
+        f'<figure class="bars"><figcaption><span class="name">{text(title)}</span></figcaption>'
+        f'<div class="plot"><svg role="img" aria-label="{summary}" width="100%" height="{28 * len(bars)}">'
+        f"{''.join(rows)}</svg></div></figure>"
+    )
+
+
 def smoothed(points: Points) -> Points:
     """The mean over a window of a twentieth of the curve around every point; it narrows at the ends.
 

@@ -60,6 +60,34 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True)
+class MemoryClass:
+    """Tensors of one kind in memory, and the parameters that they stand for."""
+
+    name: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """The most memory in one phase of a run: of the process, and of its GPU where there is one."""
+
+    phase: str
+    resident: int
+    allocated: int | None = None
+    reserved: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Where the memory of a run went. Without `is_exact` a phase shows the highest peak up to its end."""
+
+    classes: tuple[MemoryClass, ...]
+    peaks: tuple[MemoryPeak, ...]
+    is_exact: bool = True
+
+
+@dataclass(frozen=True)
 class MergeCheck:
     """The merged model against base + adapter on `probes` inputs; KL in nats per token."""
 
@@ -135,6 +163,7 @@ class ReportData:
     forgetting: Forgetting | None = None
     curves: Curves | None = None
     training: TrainingFacts | None = None
+    memory: MemoryFacts | None = None
     merge: MergeCheck | None = None
     data: DataFacts | None = None
     sheets: tuple[Sheet, ...] = ()

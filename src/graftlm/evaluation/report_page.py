@@ -14,6 +14,7 @@ from graftlm.evaluation.report_facts import (
     sheet_section,
     training_section,
 )
+from graftlm.evaluation.report_memory import memory_section
 from graftlm.evaluation.report_results import before_and_after, samples_section, tiles, verdict_section
 from graftlm.evaluation.report_style import style_sheet
 from graftlm.evaluation.report_text import text
@@ -31,6 +32,7 @@ def page(data: ReportData) -> str:
         curves_section(data.curves),
         samples_section(data.comparison),
         training_section(data.training),
+        memory_section(data.memory),
         merge_section(data.merge),
         data_section(data.data),
         *(sheet_section(sheet) for sheet in data.sheets),

@@ -128,6 +128,7 @@ figcaption .name{font-weight:600;margin-right:auto}
 .faint{stroke-width:1;opacity:.35}
 .whisker{stroke:var(--mark);stroke-width:4;stroke-linecap:round;opacity:.45}
 .dot{fill:var(--mark);stroke:var(--card);stroke-width:1.5}
+.bars{margin:0 0 24px}.bars .plot{padding-left:132px}.bar{fill:var(--mark);opacity:.85}
 .band{fill:transparent}.band:hover{fill:var(--ink);fill-opacity:.07}
 table{border-collapse:collapse;width:100%;font-size:15px}
 th{text-align:left;font-size:13px;font-weight:500;color:var(--muted)}

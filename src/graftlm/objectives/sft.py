@@ -18,11 +18,13 @@ from graftlm.core.errors import ModelError
 from graftlm.data.batches import Batch, for_attention
 from graftlm.kernels.ops import linear_cross_entropy
 from graftlm.objectives.base import LossParts
+from graftlm.objectives.packed_head import packed_cross_entropy
+from graftlm.quant.embedding import packed_head
 
 LOGITS_PER_CHUNK = 2**24
 """Elements of logits that exist at a time: 64 MiB in float32."""
 
-Path = Literal["frozen head", "trained head", "full logits"]
+Path = Literal["frozen head", "packed head", "trained head", "full logits"]
 
 
 class SftObjective:
@@ -47,10 +49,13 @@ class SftObjective:
 
     def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         head = model.get_output_embeddings()
-        vocabulary = head.weight.shape[0]
+        vocabulary = _vocabulary(head)
         if self.path == "frozen head":
             chunk = rows_per_chunk(vocabulary)
             return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, chunk_rows=chunk)
+        packed = packed_head(head)
+        if self.path == "packed head" and packed is not None:
+            return packed_cross_entropy(hidden, packed, labels, head.bias)
         return _chunked(lambda h, t: _sum_of_cross_entropies(head(h), t), hidden, labels, vocabulary)
 
 
@@ -77,6 +82,8 @@ def choose_path(model: Any) -> tuple[Path, str]:
         return "full logits", "the model changes its logits after the output head"
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         return "frozen head", "the output head is frozen"
+    if packed_head(head) is not None and not any(p.requires_grad for p in head.parameters()):
+        return "packed head", "the output head is frozen and stored in 8 bits"
     return "trained head", "the output head is trained or adapted"
 
 
@@ -96,6 +103,11 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(16, LOGITS_PER_CHUNK // vocabulary)
 
 
+def _vocabulary(head: Any) -> int:
+    """How many logits a head gives, without decoding the weight of a packed one."""
+    return int(head.weight.shape[0] if packed_head(head) is None else head.out_features)
+
+
 @torch.no_grad()
 def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
     """Some models cap or scale their logits; their config or a probe of eight tokens tells.
@@ -105,7 +117,7 @@ def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
     """
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return False
-    vocabulary = head.get_parameter("weight").shape[0]
+    vocabulary = _vocabulary(head)
     ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
     was_training = model.training
     model.eval()

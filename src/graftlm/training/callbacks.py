@@ -8,7 +8,9 @@ from typing import Any, Literal, Protocol
 
 from graftlm.core.events import EventLog
 
-Kind = Literal["start", "step", "evaluate", "checkpoint", "skipped", "notice", "interrupted", "end"]
+Kind = Literal[
+    "start", "step", "evaluate", "checkpoint", "skipped", "notice", "memory", "interrupted", "end"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class Event:
 
     start {run, total_steps, start_step, trainable}; step {step, epoch, loss, learning_rate, grad_norm,
     target_tokens, real_tokens, tokens_per_second, seconds, memory_bytes}; evaluate {step, loss, tokens,
-    rows}; checkpoint {step, path}; skipped {step, why, rows}; notice {text}; interrupted {step};
-    end {step, seconds, why}. Seconds are wall time, memory is the peak so far in bytes.
+    rows}; checkpoint {step, path}; skipped {step, why, rows}; notice {text}; memory {step, classes} and
+    memory {step, phases} where it is measured; interrupted {step}; end {step, seconds, why}. Seconds are
+    wall time, memory is the peak so far in bytes.
     """
 
     kind: Kind

@@ -1,7 +1,7 @@
 """Checkpoints: complete and verified, or absent. What is newest is derived, never pointed to.
 
-`checkpoints/step-000100/` holds `trainable.safetensors`, `optimizer.safetensors` (keys
-"<state>/<parameter name>"), `state.json` and, written last, `MANIFEST.json`. Nothing in it names an
+`checkpoints/step-000100/` holds `trainable.safetensors`, `optimizer.safetensors` (see
+`optimizer_state`), `state.json` and, written last, `MANIFEST.json`. Nothing in it names an
 absolute path, so the run folder can be moved.
 """
 
@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from graftlm.core.files import json_text, staged_directory, temporary_name, veri
 from graftlm.core.seeding import capture_rng
 from graftlm.core.storage import require_space, storage_errors, write_new
 from graftlm.core.version import __version__
+from graftlm.training.low_bit_optim import is_low_bit
+from graftlm.training.optimizer_state import state_tensors
 from graftlm.training.progress import Progress
 from graftlm.training.tensors import tensor_bytes, write_tensors
 
@@ -124,13 +127,13 @@ def save(
         CheckpointError: what the disk gave back is not what was written.
     """
     trainable: dict[str, Tensor] = dict(parameters)
-    moments = optimizer_tensors(parameters, optimizer)
+    moments = state_tensors(parameters, optimizer)
     state = {
         "schema": STATE_SCHEMA,
         "progress": progress.as_dict(),
         "identity": dict(identity),
         "parameters": {name: list(tensor.shape) for name, tensor in parameters.items()},
-        "environment": environment(),
+        "environment": environment(optimizer),
         "rng": capture_rng(),
     }
     text = json_text(state).encode()
@@ -146,20 +149,10 @@ def save(
     return path
 
 
-def environment() -> dict[str, Any]:
+def environment(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What, if it changes, may change the last bits of a result."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def optimizer_tensors(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The optimizer's state by "<state>/<parameter name>"; empty before the first update."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return found | ({"bitsandbytes": version("bitsandbytes")} if is_low_bit(optimizer) else {})
 
 
 def rotate(run: Path, *, keep: int, best_step: int | None) -> list[str]:

@@ -73,6 +73,14 @@ Evaluate = Callable[[StopAsked], HeldOut | None]
 """Evaluates the model as it is; polls and returns None if it was asked to stop half-way."""
 
 
+EnterPhase = Callable[[str], None]
+"""Told the name of each phase as it begins, by what measures memory."""
+
+
+def not_measured(phase: str) -> None:
+    """The `EnterPhase` of who does not measure."""
+
+
 class OptimSettings(Protocol):
     """What the optimizer and the schedule read; `graftlm.training.recipe.TrainSection` has all of it."""
 
@@ -86,6 +94,8 @@ class OptimSettings(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def loraplus_lr_ratio(self) -> float | None: ...
+    @property
+    def optim(self) -> str: ...
 
 
 class TrainSettings(OptimSettings, Protocol):

@@ -18,6 +18,7 @@ from graftlm.training.callbacks import Announcer, Callback, EventWriter
 from graftlm.training.checkpoint import published
 from graftlm.training.interfaces import B, BatchSource, Evaluate, Objective, TrainSettings
 from graftlm.training.memory import peak_bytes
+from graftlm.training.memory_phases import MemoryPhases
 from graftlm.training.optim import make_optimizer
 from graftlm.training.restore import load_trainable
 from graftlm.training.session import Session, Why
@@ -65,6 +66,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop: StopRequests | None = None,
     lora_b: Callable[[str], bool] | Collection[str] = (),
+    memory: MemoryPhases | None = None,
 ) -> TrainResult:
     """Train `parameters` of `model`; leave checkpoints and `events.jsonl` in the run folder.
 
@@ -78,11 +80,12 @@ def train(
         callbacks: get every event after it is in the log.
         stop: a `StopRequests` the caller has entered, to honour signals outside training too.
         lora_b: names of the LoRA B matrices, or a function that tells them (for LoRA+).
+        memory: measures the phases of every step; it resets the process's high-water mark.
 
     Raises:
         CheckpointError: the folder is in use, belongs to another run, or no checkpoint verifies.
         StorageError: no space; older checkpoints are intact and the run can be resumed.
-        TrainingError: three windows in a row were not finite, no gradient, or out of memory.
+        TrainingError: three windows in a row were not finite, parameters got no gradient, or out of memory.
     """
     require_owned(model, parameters)
     timeline = Timeline(batches, settings.gradient_accumulation_steps)
@@ -104,6 +107,7 @@ def train(
             timeline=timeline,
             total=total,
             optimizer=make_optimizer(parameters, settings, lora_b=lora_b),
+            memory=memory,
         )
         return _run(session, resume)
 
@@ -119,6 +123,8 @@ def _run(session: Session[B], resume: Resume) -> TrainResult:
         seconds = round(time.monotonic() - started, 3)
         if why == "interrupted":
             session.announce("interrupted", step=progress.step)
+        if session.memory is not None:
+            session.announce("memory", step=progress.step, phases=session.memory.as_list())
         session.announce("end", step=progress.step, seconds=seconds, why=why)
         return TrainResult(
             why=why,

@@ -27,11 +27,41 @@ class RecomputeChoice:
     why: str
 
 
+_before_resets: dict[str, int] = {}
+"""Highest peak by type of device that `reset_peak` has wiped out of the system's own count."""
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated on a GPU, resident for a CPU run."""
+    """Most memory this process has used so far: allocated on a GPU, resident for a CPU run."""
+    return max(_before_resets.get(device.type, 0), peak_since_reset(device))
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """The same since `reset_peak`, or since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _peak_resident_bytes()
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begin to count the peak afresh; False where the system does not let a process do that.
+
+    On Linux this also resets what other readers of this process's high-water mark see.
+    """
+    _before_resets[device.type] = peak_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        return os.write(descriptor, b"5") == 1  # proc(5): the peak becomes what is resident now
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _peak_resident_bytes() -> int:

@@ -11,7 +11,7 @@ from pydantic import PlainSerializer, PlainValidator
 from graftlm.core.config import build, suggest
 from graftlm.core.errors import ConfigError
 from graftlm.methods.base import MethodConfig
-from graftlm.methods.table import METHODS, method
+from graftlm.methods.table import method
 
 LATER = "not in this version of Graft"
 
@@ -25,8 +25,11 @@ class Kind:
     fields: Mapping[str, Any]
 
 
+QLORA = "qlora"
+
 TYPES: Mapping[str, Kind] = {
     "lora": Kind("LORA", "two thin matrices beside each linear layer", {}),
+    QLORA: Kind("LORA", "LoRA on a base stored in 4 bits (`model.quantization: nf4`)", {}),
     "dora": Kind("LORA", "LoRA with direction and length apart", {"use_dora": True}),
     "ia3": Kind("IA3", "a learned factor on keys, values and feed-forward", {}),
     "bottleneck": Kind("BOTTLENECK", "a small network after each sublayer", {}),
@@ -39,8 +42,6 @@ TYPES: Mapping[str, Kind] = {
     "norms": Kind("FULL", "the normalisation layers only", {"parts": "norms"}),
 }
 """Names of recipes. Methods of other packages go by their own type name."""
-
-PLANNED = ("qlora",)
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,12 @@ MethodSection = Annotated[Method, PlainValidator(Method.parse), PlainSerializer(
 
 
 def _kind(name: Any) -> Kind:
-    if name in TYPES and TYPES[name].peft_type in METHODS:
+    if name in TYPES:
         return TYPES[name]
-    available = [known for known, kind in TYPES.items() if kind.peft_type in METHODS]
-    if name in PLANNED or name in TYPES:
-        raise _wrong(f"this method is {LATER}; available: {', '.join(available)}", name)
     try:
         method(str(name))
     except ConfigError:
-        hint = suggest(str(name), available) or f"; available: {', '.join(available)}"
+        hint = suggest(str(name), list(TYPES)) or f"; available: {', '.join(TYPES)}"
         raise _wrong(f"no such method{hint}", name) from None
     return Kind(str(name), "a method of another package", {})
 

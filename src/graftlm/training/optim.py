@@ -1,4 +1,4 @@
-"""AdamW with named groups, and learning-rate schedules as pure functions of the step."""
+"""The optimizer with named groups, and learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from graftlm.core.config import suggest
 from graftlm.core.errors import ConfigError
 from graftlm.training.interfaces import OptimSettings
+from graftlm.training.low_bit_optim import FORMS, make_low_bit
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
@@ -54,17 +55,19 @@ def make_optimizer(
     settings: OptimSettings,
     *,
     lora_b: Callable[[str], bool] | Collection[str] = (),
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over the given parameters; weight decay acts on matrices only (two or more dimensions).
 
     Args:
         named_parameters: all that is trained, by name.
-        settings: rates; with `loraplus_lr_ratio` the parameters in `lora_b` get the learning rate times
-            that ratio (LoRA+, arXiv:2402.12354).
+        settings: rates, and which AdamW (`optim`); with `loraplus_lr_ratio` the parameters in `lora_b` get
+            the learning rate times that ratio (LoRA+, arXiv:2402.12354).
         lora_b: the names of the LoRA B matrices, or a function that tells them.
 
     Raises:
-        ConfigError: nothing to train, a parameter that cannot be trained, or LoRA+ without any B matrix.
+        ConfigError: nothing to train, a parameter that cannot be trained, LoRA+ without any B matrix, or an
+            unknown optimizer.
+        MissingDependency: the optimizer needs bitsandbytes.
     """
     _require_trainable(named_parameters)
     is_b = lora_b if callable(lora_b) else frozenset(lora_b).__contains__
@@ -79,18 +82,28 @@ def make_optimizer(
             meaning="LoRA+ speeds up the B matrices of LoRA and DoRA only.",
             fix="Remove train.loraplus_lr_ratio, or use method.type: lora.",
         )
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": settings.weight_decay if matrix else 0.0,
-                "lr_scale": ratio if fast else 1.0,
-            }
-            for (fast, matrix), parameters in groups.items()
-        ],
-        lr=settings.learning_rate,
-        **_implementation(list(named_parameters.values())),
-    )
+    made = [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if matrix else 0.0,
+            "lr_scale": ratio if fast else 1.0,
+        }
+        for (fast, matrix), parameters in groups.items()
+    ]
+    return _of_kind(settings.optim, made, settings.learning_rate, list(named_parameters.values()))
+
+
+def _of_kind(
+    name: str, groups: list[dict[str, Any]], rate: float, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    if name in FORMS:
+        return make_low_bit(name, groups, rate, parameters[0].device)
+    if name != "adamw":
+        known = ("adamw", *FORMS)
+        raise ConfigError(
+            f"Unknown optim {name!r}{suggest(name, known)}.", fix=f"Choose one of {', '.join(known)}."
+        )
+    return torch.optim.AdamW(groups, lr=rate, **_implementation(parameters))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

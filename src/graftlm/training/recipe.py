@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from graftlm.core.config import Config, build, override, read_yaml
 from graftlm.methods.lora import LoraConfig
-from graftlm.training.method_section import LATER, Method, MethodSection
+from graftlm.training.method_section import LATER, QLORA, Method, MethodSection
 
 SHORT = {"model": "name", "data": "path", "method": "type"}
 """What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
+
+
+Quantization = Literal["none", "nf4", "fp4", "int8", "fp8"]
+ComputeType = Literal["bfloat16", "float32", "float16"]
 
 
 class ModelSection(Config):
@@ -22,27 +26,46 @@ class ModelSection(Config):
     aliases: ClassVar[Mapping[str, str]] = {
         "model_name_or_path": "name",
         "base_model": "name",
+        "torch_dtype": "dtype",
         "load_in_4bit": "quantization",
+        "load_in_8bit": "quantization",
+        "bnb_4bit_quant_type": "quantization",
+        "bnb_4bit_use_double_quant": "double_quant",
+        "bnb_4bit_compute_dtype": "compute_dtype",
     }
 
     name: str
     """`sprout` (embedded), a local folder, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights and the computation."""
-    quantization: Literal["none"] = "none"
-    """Bases are not quantised in this version."""
-    double_quant: Literal[True] = True
-    """Belongs to quantisation; only this value is accepted."""
-    compute_dtype: Literal["bfloat16"] = "bfloat16"
-    """Belongs to quantisation; only this value is accepted."""
+    quantization: Quantization = "none"
+    """How the linear layers are stored: as they are, or in 4 or 8 bits. `method: qlora` implies `nf4`."""
+    double_quant: bool = True
+    """Store the scales of `nf4` and `fp4` in 8 bits too: 4.13 bits per parameter, not 4.5."""
+    compute_dtype: ComputeType = "bfloat16"
+    """What a quantised base computes in, and what it keeps embeddings, norms and the output head in."""
 
-    @field_validator("quantization", "double_quant", "compute_dtype", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _only_unquantised(cls, value: Any, info: Any) -> Any:
-        default = cls.model_fields[info.field_name].default
-        if value != default:
-            raise ValueError(f"quantised bases are {LATER}; leave it at {default!r}")
-        return value
+    def _one_type(cls, value: Any) -> Any:
+        """`dtype` alone is enough: a quantised base computes in it."""
+        if not isinstance(value, Mapping) or value.get("quantization", "none") == "none":
+            return value
+        named = value.get("dtype")
+        return {"compute_dtype": named, **value} if named in get_args(ComputeType) else value
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.quantization not in ("nf4", "fp4") and not self.double_quant:
+            raise ValueError(f"double_quant has no effect with quantization: {self.quantization}")
+        if self.quantization == "none" and self.compute_dtype != "bfloat16":
+            raise ValueError("compute_dtype belongs to a quantised base; write dtype")
+        if self.quantization != "none" and self.dtype not in ("auto", self.compute_dtype):
+            raise ValueError(
+                f"dtype: {self.dtype} and compute_dtype: {self.compute_dtype} contradict each other; "
+                "leave one of them out"
+            )
+        return self
 
 
 class DataSection(Config):
@@ -102,6 +125,7 @@ class TrainSection(Config):
         "lr_scheduler": "lr_scheduler_type",
         "activation_checkpointing": "gradient_checkpointing",
         "random_seed": "seed",
+        "optimizer": "optim",
     }
 
     num_train_epochs: float = Field(3, gt=0)
@@ -122,8 +146,9 @@ class TrainSection(Config):
     """On matrices only."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; the norm before that is what the log shows."""
-    optim: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """AdamW; `8bit`: its state in 8 bits, `paged`: in memory that a GPU can lend from the machine. Those need
+    bitsandbytes."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     """Learning rate of B over that of A (arXiv 2402.12354); none: the same."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -138,13 +163,6 @@ class TrainSection(Config):
     """Measurements without improvement after which the run stops and keeps its best step."""
     seed: int = Field(42, ge=0)
     """Of the hold-out, the order of rows, initialisation and dropout."""
-
-    @field_validator("optim", mode="before")
-    @classmethod
-    def _only_adamw(cls, value: Any) -> Any:
-        if value in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"):
-            raise ValueError(f"this optimizer is {LATER}; available: adamw")
-        return value
 
 
 class EvalSection(Config):
@@ -207,7 +225,16 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _names_are_enough(cls, value: Any) -> Any:
-        return long_form(value) if isinstance(value, Mapping) else value
+        return _with_quantised_base(long_form(value)) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _qlora_is_quantised(self) -> Self:
+        if self.method.type == QLORA and self.model.quantization == "none":
+            raise ValueError(
+                "method.type: qlora trains on a quantised base, and model.quantization is none; "
+                "choose nf4, fp4, int8 or fp8, or method.type: lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_lora_has_two_sides(self) -> Self:
@@ -248,3 +275,16 @@ def long_form(mapping: Mapping[str, Any]) -> dict[str, Any]:
         key: {SHORT[key]: value} if key in SHORT and isinstance(value, str) else value
         for key, value in mapping.items()
     }
+
+
+def _with_quantised_base(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """`qlora` written out: its base is stored in nf4 where nobody chose."""
+    method, model = mapping.get("method"), mapping.get("model")
+    kind = method.get("type") if isinstance(method, Mapping) else getattr(method, "type", None)
+    if kind != QLORA:
+        return dict(mapping)
+    if isinstance(model, ModelSection) and "quantization" not in model.model_fields_set:
+        return {**mapping, "model": model.replace(quantization="nf4")}
+    if isinstance(model, Mapping):
+        return {**mapping, "model": {"quantization": "nf4", **model}}
+    return dict(mapping)

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftlm.core.errors import CheckpointError
 from graftlm.core.files import verify_manifest
 from graftlm.core.seeding import restore_rng
 from graftlm.training.checkpoint import OPTIMIZER, STATE, STATE_SCHEMA, TRAINABLE, environment
+from graftlm.training.optimizer_state import load_state
 from graftlm.training.progress import Progress
 from graftlm.training.tensors import read_tensors
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,19 @@ def restore(
     state = _read_state(path)
     _require_same(path, state["identity"], json.loads(json.dumps(dict(identity))))
     trainable = read_tensors(path / TRAINABLE, dict(parameters))
-    moments = _read_optimizer(path, parameters)
+    stored = path / OPTIMIZER
+    put_state = load_state(
+        parameters, optimizer, _tensor_names(stored), lambda expected: read_tensors(stored, expected)
+    )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trainable[name])
-    _load_optimizer(optimizer, parameters, moments)
+    put_state()
     notes = restore_rng(state["rng"])
     notes += [
         f"{key} was {state['environment'].get(key)} when the checkpoint was written and is {value} now: "
         "the last bits of the result may differ from an uninterrupted run."
-        for key, value in environment().items()
+        for key, value in environment(optimizer).items()
         if state["environment"].get(key) != value
     ]
     return Restored(Progress(**state["progress"]), tuple(notes))
@@ -99,35 +101,8 @@ def _require_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
-def _read_optimizer(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The saved moments. A parameter that never had a gradient has none: all three, or none at all."""
-    expected: dict[str, Tensor] = {}
-    names = _tensor_names(path / OPTIMIZER)
-    for name, parameter in parameters.items():
-        if any(f"{key}/{name}" in names for key in _MOMENTS):
-            expected[f"step/{name}"] = torch.zeros((), dtype=torch.float32)
-            expected |= {f"{key}/{name}": parameter for key in _MOMENTS[1:]}
-    return read_tensors(path / OPTIMIZER, expected)
-
-
 def _tensor_names(path: Path) -> frozenset[str]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as handle:
         return frozenset(handle.keys())
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
-) -> None:
-    """Through the optimizer's own loader, which knows on which device it wants its step counts."""
-    names = {parameter: name for name, parameter in parameters.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    state = {}
-    for group, numbered in zip(optimizer.param_groups, groups, strict=True):
-        for parameter, number in zip(group["params"], numbered["params"], strict=True):
-            name = names[parameter]
-            if f"step/{name}" in moments:
-                # Cloned: the tensors that were read are backed by the checkpoint's file.
-                state[number] = {key: moments[f"{key}/{name}"].clone() for key in _MOMENTS}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -15,8 +16,11 @@ from graftlm.core.errors import CheckpointError, TrainingError
 from graftlm.core.seeding import capture_rng, restore_rng
 from graftlm.training.callbacks import Announcer
 from graftlm.training.checkpoint import published, rotate, save
+from graftlm.training.gradient_check import FirstStep, watched
 from graftlm.training.interfaces import B, BatchSource, Evaluate, Objective, TrainSettings
 from graftlm.training.memory import peak_bytes
+from graftlm.training.memory_classes import tensor_classes
+from graftlm.training.memory_phases import BETWEEN, MemoryPhases
 from graftlm.training.optim import learning_rate, set_learning_rate
 from graftlm.training.progress import Progress
 from graftlm.training.signals import StopRequests
@@ -44,10 +48,11 @@ class Session(Generic[B]):
     timeline: Timeline
     total: int
     optimizer: torch.optim.Optimizer
+    memory: MemoryPhases | None = None
     progress: Progress = field(default_factory=Progress)
     last_loss: float | None = None
     _bad_rows: list[tuple[int, ...]] = field(default_factory=list)
-    _checked_gradients: bool = False
+    _has_learnt: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -99,21 +104,26 @@ class Session(Generic[B]):
         set_learning_rate(self.optimizer, rate)
         random_state = capture_rng()
         started = time.monotonic()
-        stats = optimizer_step(
-            self.model,
-            self.objective,
-            [self.batches.batch(window.epoch, index) for index in window.indices],
-            self.parameters,
-            self.optimizer,
-            max_grad_norm=self.settings.max_grad_norm,
-            stop_asked=self.stop,
-        )
+        with nullcontext() if self._has_learnt else watched(self.model, self.parameters) as first:
+            stats = optimizer_step(
+                self.model,
+                self.objective,
+                [self.batches.batch(window.epoch, index) for index in window.indices],
+                self.parameters,
+                self.optimizer,
+                max_grad_norm=self.settings.max_grad_norm,
+                stop_asked=self.stop,
+                enter=self._enter,
+            )
+        self._enter(BETWEEN)
         if stats.outcome == "stopped":
             restore_rng(random_state)  # as if this window had never begun
             return
         self._advance(stats)
         if stats.outcome == "applied":
             self._report(stats, window, rate, time.monotonic() - started)
+            if first is not None:
+                self._after_first(first, stats)
         else:
             self._report_skipped(stats)
 
@@ -152,13 +162,21 @@ class Session(Generic[B]):
             memory_bytes=peak_bytes(self.device),
             **extra,
         )
-        if stats.parameters and not self._checked_gradients:
-            self.announce(
-                "notice",
-                text=f"{len(stats.parameters)} of {len(self.parameters)} trainable parameters got no "
-                f"gradient in the first step: {', '.join(stats.parameters[:5])}.",
+
+    def _after_first(self, first: FirstStep, stats: StepStats) -> None:
+        """What can be known as soon as one update was made: who learns, and what the tensors weigh."""
+        self._has_learnt = True
+        if (text := first.judge(stats.parameters)) is not None:
+            self.announce("notice", text=text)
+        if self.memory is not None:
+            found = tensor_classes(
+                self.model, self.parameters, self.optimizer, without_gradient=stats.parameters
             )
-        self._checked_gradients = True
+            self.announce("memory", step=self.progress.step, classes=[item.as_dict() for item in found])
+
+    def _enter(self, phase: str) -> None:
+        if self.memory is not None:
+            self.memory.enter(phase)
 
     def _report_skipped(self, stats: StepStats) -> None:
         if stats.outcome == "no_targets":
@@ -191,6 +209,7 @@ class Session(Generic[B]):
         """Evaluate without touching the training trajectory: modes and random state are put back."""
         if self.evaluate is None:
             return
+        self._enter("evaluate")
         random_state = capture_rng()
         modes = [(module, module.training) for module in self.model.modules()]
         try:
@@ -201,6 +220,7 @@ class Session(Generic[B]):
             for module, training in modes:
                 module.training = training
             restore_rng(random_state)
+            self._enter(BETWEEN)
         if result is None:
             return
         self.progress = self.progress.evaluated(result)
@@ -222,6 +242,7 @@ class Session(Generic[B]):
         """Publish a checkpoint unless this step has one: its parameters would be the same."""
         if self.progress.step in published(self.run):
             return
+        self._enter("save")
         path = save(
             self.run,
             parameters=self.parameters,
@@ -229,5 +250,6 @@ class Session(Generic[B]):
             progress=self.progress,
             identity=self.identity,
         )
+        self._enter(BETWEEN)
         self.announce("checkpoint", step=self.progress.step, path=path.relative_to(self.run).as_posix())
         rotate(self.run, keep=self.settings.save_total_limit, best_step=self.progress.best_step)

@@ -85,6 +85,7 @@ def run_identity(settings: TrainSettings, total_steps: int) -> dict[str, Any]:
         "weight_decay",
         "max_grad_norm",
         "loraplus_lr_ratio",
+        "optim",
         "seed",
     )
     return {"total_steps": total_steps, **{name: getattr(settings, name) for name in names}}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.errors import TrainingError
-from graftlm.training.interfaces import B, Objective, StopAsked
+from graftlm.training.interfaces import B, EnterPhase, Objective, StopAsked, not_measured
 
 Outcome = Literal["applied", "no_targets", "non_finite", "stopped"]
 
@@ -45,12 +45,14 @@ def optimizer_step(
     *,
     max_grad_norm: float | None,
     stop_asked: StopAsked,
+    enter: EnterPhase = not_measured,
 ) -> StepStats:
     """Forward and backward over `window`, then one update if loss and gradients are finite.
 
     The loss is the sum over target tokens divided by the target tokens of the whole window, so unequal
     lengths weigh as in one large batch; the count is known before the first backward, so only one
-    micro-batch is in memory at a time. The host waits for the device once, at the end.
+    micro-batch is in memory at a time. The host waits for the device once, at the end. `enter` is told where
+    "forward", "backward" and "update" begin.
 
     Raises:
         TrainingError: no gradient reaches any parameter, or the device is out of memory.
@@ -63,9 +65,10 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     useful = [batch for batch in window if batch.target_tokens]
     try:
-        done = _accumulate(model, objective, useful, parameters, planned, stop_asked)
+        done = _accumulate(model, objective, useful, parameters, planned, stop_asked, enter)
         if done is None:
             return StepStats("stopped", math.nan, math.nan, 0, 0, rows)
+        enter("update")
         counted = sum(parts.target_tokens for parts in done)
         if counted == 0:
             return StepStats("no_targets", math.nan, math.nan, 0, real, rows)
@@ -91,6 +94,7 @@ def _accumulate(
     parameters: Mapping[str, nn.Parameter],
     planned: int,
     stop_asked: StopAsked,
+    enter: EnterPhase,
 ) -> list[_Done] | None:
     """Gradients of (loss sum / planned) over the window; None if asked to stop on the way."""
     device = next(iter(parameters.values())).device
@@ -99,7 +103,9 @@ def _accumulate(
         for batch in window:
             if stop_asked():
                 return None
+            enter("forward")
             parts = objective(model, to_device(batch, device))
+            enter("backward")
             if parts.target_tokens:
                 (parts.loss_sum / planned).backward()
             done.append(_Done(parts.loss_sum.detach(), parts.target_tokens, parts.metrics))

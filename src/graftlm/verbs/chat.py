@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from graftlm.core.config import read_yaml
 from graftlm.core.errors import GraftError, ModelError
 from graftlm.data.encode import encode_prompt
 from graftlm.data.records import Example, Style, Turn
@@ -18,6 +17,7 @@ from graftlm.methods.attach import adapters_of, attach_folder
 from graftlm.models.generate import context_length, stop_token_ids
 from graftlm.models.load import load_model
 from graftlm.objectives.sft import require_causal
+from graftlm.verbs.base import load_base, section_of, stored_recipe
 from graftlm.verbs.references import ADAPTER, RECIPE, adapter_reference, refuse_registry_name
 
 NAME = "default"
@@ -123,8 +123,7 @@ def chat(
         model, tokenizer = load_model(str(reference))
         return ChatSession(model, tokenizer, max_new_tokens=max_new_tokens)
     found = adapter_reference(str(reference), base)
-    recipe = read_yaml(found.run / RECIPE) if found.run else {}
-    model, tokenizer = load_model(found.base, dtype=recipe.get("model", {}).get("dtype", "auto"))
+    model, tokenizer = load_base(section_of(found), found.base)
     attach_folder(model, found.adapter, NAME, storage=FOLDER)
-    template = recipe.get("data", {}).get("template", "auto")
+    template = stored_recipe(found.run).data.template if found.run else "auto"
     return ChatSession(model, tokenizer, template=template, max_new_tokens=max_new_tokens)

@@ -146,7 +146,7 @@ def _write(
         else content_of(found.adapter, acting, model.name)
     )
     identity = model.identity(copied_by(found.adapter))
-    extra = {"base": identity.as_dict(), "combined": history} if identity else None
+    extra = {**identity.as_dict(), "combined": history} if identity else None
     write_files(target, content, tensors_of(found.adapter, acting), extra)
 
 

@@ -14,7 +14,8 @@ from graftlm.verbs.merge import merge
 from graftlm.verbs.outputs import next_free, require_new_output
 from graftlm.verbs.progress import say
 from graftlm.verbs.run_folder import RUNS
-from graftlm.verbs.tune import TuneResult, tune
+from graftlm.verbs.tune import tune
+from graftlm.verbs.tune_result import TuneResult
 
 SETTINGS: Mapping[str, Any] = {
     "data.eval_fraction": 0.15,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftlm.core.config import build, read_yaml
 from graftlm.evaluation.compare import Comparison, compare
 from graftlm.evaluation.runner import Evaluation
 from graftlm.evaluation.runner import evaluate as run_evaluation
@@ -14,13 +13,13 @@ from graftlm.evaluation.verdict import Verdict, verdict
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach_folder
 from graftlm.models.generate import context_length
-from graftlm.models.load import load_model
 from graftlm.training.defaults import fitted_length
-from graftlm.training.recipe import DataSection, ModelSection, Recipe
+from graftlm.training.recipe import DataSection, Recipe
+from graftlm.verbs.base import load_base, section_of, stored_recipe
 from graftlm.verbs.dataset import encode, read_examples
 from graftlm.verbs.measure import answers_wanted
 from graftlm.verbs.progress import progress
-from graftlm.verbs.references import RECIPE, Reference, adapter_reference
+from graftlm.verbs.references import Reference, adapter_reference
 
 ADAPTER, OTHER = "adapter", "other"
 
@@ -89,7 +88,7 @@ def evaluate(
     """
     reference = adapter_reference(str(adapter), base)
     recipe = _recipe(reference, str(data))
-    model, tokenizer = load_model(reference.base, dtype=recipe.model.dtype)
+    model, tokenizer = load_base(recipe.model, reference.base)
     adapters = attach_folder(model, reference.adapter, ADAPTER, storage=FOLDER)
     recipe = fitted_length(recipe, context_length(model))
     examples, _ = read_examples(str(data), recipe.data.format, recipe.data.bad_rows)
@@ -118,7 +117,7 @@ def evaluate(
 def _recipe(reference: Reference, data: str) -> Recipe:
     """The settings the adapter was trained with where its run is known, on other data."""
     if reference.run is None:
-        return Recipe(model=ModelSection(name=reference.base), data=DataSection(path=data))
-    stored = build(Recipe, read_yaml(reference.run / RECIPE), source=str(reference.run / RECIPE))
+        return Recipe(model=section_of(reference), data=DataSection(path=data))
+    stored = stored_recipe(reference.run)
     section = stored.data.model_copy(update={"path": data, "eval_path": None, "format": "auto"})
     return stored.model_copy(update={"data": section})

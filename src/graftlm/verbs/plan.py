@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from graftlm.data.batches import Batches
 from graftlm.evaluation.report_data import SiteGroup
+from graftlm.formats.fingerprint import scheme_of
 from graftlm.methods.adapter_set import AdapterSet
+from graftlm.models.fused import Fusable
 from graftlm.objectives.sft import SftObjective
+from graftlm.quant.facts import device_of, dtype_of, is_packed
+from graftlm.quant.weights import WeightHandle
 from graftlm.training.memory import RecomputeChoice, activation_bytes, choose_recompute, free_bytes
 from graftlm.training.recipe import Recipe
 from graftlm.training.timeline import Timeline
@@ -25,6 +29,8 @@ class Plan:
     base: str
     device: str
     dtype: str
+    quantization: str
+    """How the linear layers of the base are stored: `none`, or the kind and what belongs to it."""
     method: str
     trainable: int
     total: int
@@ -38,6 +44,8 @@ class Plan:
     learning_rate: float
     loss_path: str
     loss_path_why: str
+    fused: str
+    """Which elementwise parts run in one operator each while training."""
     recompute: str
     recompute_why: str
 
@@ -45,10 +53,11 @@ class Plan:
     def summary(self) -> str:
         """One line."""
         share = 100 * self.trainable / self.total
+        base = "" if self.quantization == "none" else f" on a base in {self.quantization.split()[0]}"
         return (
             f"{self.method}: {self.trainable:,} trainable parameters ({share:.2f} %) in "
             f"{sum(group.count for group in self.sites)} modules, {self.steps:,} steps in {self.dtype} "
-            f"on {self.device}"
+            f"on {self.device}{base}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,14 +72,15 @@ def make_plan(
     batches: Batches,
     objective: SftObjective,
     recompute: RecomputeChoice,
+    fusable: Fusable,
 ) -> Plan:
     """The plan of a run whose adapter is attached."""
     trainable, total = adapters.count_parameters()
-    weight = next(model.parameters())
     return Plan(
         base=recipe.model.name,
-        device=str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(device_of(model)),
+        dtype=dtype_name(model),
+        quantization=stored_as(model),
         method=recipe.method.summary,
         trainable=trainable,
         total=total,
@@ -83,20 +93,43 @@ def make_plan(
         learning_rate=recipe.train.learning_rate,
         loss_path=objective.path,
         loss_path_why=objective.why,
+        fused=fusable.summary,
         recompute=recompute.policy,
         recompute_why=recompute.why,
     )
+
+
+def dtype_name(model: nn.Module) -> str:
+    """What a base computes in."""
+    return str(dtype_of(model)).removeprefix("torch.")
+
+
+def stored_as(model: nn.Module) -> str:
+    """How the linear layers of a base are stored, as a person reads it; `none` where they are dense."""
+    scheme = scheme_of(model)
+    if scheme is None:
+        return "none"
+    scales = " with quantised scales" if scheme.double_quant else ""
+    return f"{scheme.kind}{scales}, blocks of {scheme.block_size}" if scheme.is_four_bit else scheme.kind
 
 
 def site_groups(model: nn.Module, adapters: AdapterSet) -> tuple[SiteGroup, ...]:
     """Adapted modules of the same role and shape, counted: 28 x `self_attn.q_proj`, for instance."""
     groups: dict[tuple[str, str], list[int]] = {}
     for path, part in adapters.parts(adapters.trainable[0]).items():
-        weight = getattr(model.get_submodule(path), "weight", None)
         role = re.sub(r"^.*?\d+\.", "", path) or "whole model"
-        shape = " x ".join(map(str, weight.shape)) if isinstance(weight, Tensor) else "-"
+        shape = " x ".join(map(str, _shape(model.get_submodule(path)))) or "-"
         groups.setdefault((role, shape), []).append(sum(p.numel() for p in part.parameters()))
     return tuple(SiteGroup(role, len(sizes), shape, sum(sizes)) for (role, shape), sizes in groups.items())
+
+
+def _shape(place: nn.Module) -> tuple[int, ...]:
+    """Of the weight at a place, without decoding it."""
+    layer = getattr(place, "base_layer", place)
+    if is_packed(layer):
+        return WeightHandle(layer).shape
+    weight = getattr(layer, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def use_checkpointing(model: Any, recipe: Recipe) -> RecomputeChoice:
@@ -112,16 +145,16 @@ def use_checkpointing(model: Any, recipe: Recipe) -> RecomputeChoice:
 
 
 def _recompute_choice(model: Any, recipe: Recipe) -> RecomputeChoice:
-    config, weight = model.config.get_text_config(), next(model.parameters())
+    config = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", 1024))
     needed = activation_bytes(
         tokens=recipe.train.per_device_train_batch_size * recipe.data.max_length,
         hidden_size=hidden,
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
         num_layers=int(getattr(config, "num_hidden_layers", 1)),
-        bytes_per_value=weight.element_size(),
+        bytes_per_value=dtype_of(model).itemsize,
     )
-    free = free_bytes(weight.device)
+    free = free_bytes(device_of(model))
     asked = recipe.train.gradient_checkpointing
     if asked == "auto":
         return choose_recompute(needed, free)

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_LARGE = 100_000_000
+"""Bytes that take long enough to read for a bar."""
 
 
 @contextmanager
@@ -25,6 +35,16 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """The same in bytes, for a base that is quantised while it is read."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"quantising {name}", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=total > _LARGE)
 
 
 def say(text: str) -> None:

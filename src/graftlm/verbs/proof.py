@@ -11,9 +11,14 @@ from torch import nn
 
 from graftlm.core.errors import MergeError
 from graftlm.methods.adapter_set import AdapterSet
+from graftlm.methods.merge_in_passing import merged_in_passing
 from graftlm.models.agreement import Agreement, agreement, logits_on
+from graftlm.quant.convert import is_quantised
 
 RELOADED = "reloaded-to-compare"
+BASE, DEQUANTISED = "the base", "the dequantised base"
+PROBES_MERGED_IN_PASSING = 4
+"""Every layer is decoded and merged anew for each probe of a quantised base."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Proof:
     """After unmerging, the base gives bit-equal logits."""
     why_unmerged: str = ""
     """What the method says instead of merging."""
+    merged_into: str = BASE
+    """What the adapter was merged into."""
 
     @property
     def is_good(self) -> bool:
@@ -40,12 +47,16 @@ class Proof:
         if self.merge is None:
             return f"{reload}; {self.why_unmerged}"
         unmerge = "unmerge exact" if self.is_unmerge_exact else "UNMERGE DIFFERS"
-        merge = "merge verified" if self.merge.is_same_model else "MERGE DIFFERS"
+        into = "" if self.merged_into == BASE else f" into {self.merged_into}"
+        merge = f"merge{into} verified" if self.merge.is_same_model else f"MERGE{into} DIFFERS"
         return f"{reload}, {merge} ({self.merge}), {unmerge}"
 
 
 def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[Sequence[int]]) -> Proof:
-    """Compare the live adapter with its file and with a merge; model and adapters are left as they were."""
+    """Compare the live adapter with its file and with a merge; model and adapters are left as they were.
+
+    A quantised base is merged as `graft merge` does it, into its dequantised weights, one layer at a time.
+    """
     trained = logits_on(model, probes)
     adapters.load(saved, RELOADED)
     with adapters.activated(RELOADED):
@@ -53,15 +64,29 @@ def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[
     adapters.delete(RELOADED)
     with adapters.disabled():
         base = logits_on(model, probes)
+    into = DEQUANTISED if is_quantised(model) else BASE
     try:
-        adapters.merge()
+        merged = _merged(model, adapters, probes, into)
     except MergeError as refused:
         return Proof(_equal(trained, reloaded), None, True, f"{refused.seen} {refused.meaning}".strip())
-    merged = logits_on(model, probes)
-    adapters.unmerge()
     with adapters.disabled():
         unmerged = logits_on(model, probes)
-    return Proof(_equal(trained, reloaded), agreement(trained, merged), _equal(base, unmerged))
+    found = agreement(trained[: len(merged)], merged)
+    return Proof(_equal(trained, reloaded), found, _equal(base, unmerged), merged_into=into)
+
+
+def _merged(
+    model: nn.Module, adapters: AdapterSet, probes: Sequence[Sequence[int]], into: str
+) -> list[torch.Tensor]:
+    """What the merged model says to the probes, or to the first of them; it is unmerged again."""
+    if into == DEQUANTISED:
+        with merged_in_passing(adapters):
+            return logits_on(model, probes[:PROBES_MERGED_IN_PASSING])
+    adapters.merge()
+    try:
+        return logits_on(model, probes)
+    finally:
+        adapters.unmerge()
 
 
 def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

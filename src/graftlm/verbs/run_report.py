@@ -21,8 +21,10 @@ from graftlm.evaluation.report_data import (
 )
 from graftlm.evaluation.verdict import Verdict
 from graftlm.training.loop import TrainResult
+from graftlm.training.memory_phases import MemoryPhases
 from graftlm.training.recipe import Recipe
 from graftlm.verbs.dataset import Dataset
+from graftlm.verbs.memory_report import memory_facts
 from graftlm.verbs.plan import Plan
 from graftlm.verbs.proof import Proof
 from graftlm.verbs.run_folder import RunFolder
@@ -41,6 +43,7 @@ def report_data(
     folder: RunFolder,
     events: Sequence[Mapping[str, Any]],
     notices: Sequence[str],
+    memory: MemoryPhases,
 ) -> ReportData:
     """Everything that `report.html` shows of a finished run."""
     logged = (str(event["text"]) for event in events if event["kind"] == "notice")
@@ -54,6 +57,7 @@ def report_data(
         forgetting=known,
         curves=curves_from_events(events),
         training=_training(plan, recipe, result, events),
+        memory=memory_facts(events, memory),
         merge=_merge(proof, plan),
         data=_data(recipe, dataset),
         next_steps=_next_steps(folder),
@@ -75,6 +79,7 @@ def _training(
         total=plan.total,
         sites=plan.sites,
         dtype=plan.dtype,
+        quantization=plan.quantization,
         device=plan.device,
         steps=result.step,
         epochs=float(steps[-1]["epoch"]) if steps else None,
@@ -98,7 +103,8 @@ def _merge(proof: Proof, plan: Plan) -> MergeCheck | None:
         dtype=plan.dtype,
         passed=proof.is_good,
         largest_logit_difference=figures.largest_logit_difference,
-        note=f"The saved adapter, read back, is {reload}; unmerging the base is {unmerge}.",
+        note=f"Merged into {proof.merged_into}. The saved adapter, read back, is {reload}; unmerging the "
+        f"base is {unmerge}.",
     )
 
 
@@ -128,7 +134,10 @@ def _next_steps(folder: RunFolder) -> tuple[NextStep, ...]:
 
 
 def _environment() -> tuple[Fact, ...]:
-    facts = describe_environment().as_dict()
-    return tuple(
-        Fact(key, str(value)) for key, value in facts.items() if isinstance(value, str | int | float)
+    found = describe_environment()
+    plain = tuple(
+        Fact(key, str(value))
+        for key, value in found.as_dict().items()
+        if isinstance(value, str | int | float)
     )
+    return (*plain, Fact("fast paths", ", ".join(path.name for path in found.fast_paths if path.on)))

@@ -11,7 +11,9 @@ from graftlm.methods.attach import attach
 from graftlm.methods.base import MethodConfig
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.starts.eva import eva_start
+from graftlm.models.attach import attach_from_base
 from graftlm.objectives.sft import attention_of
+from graftlm.quant.facts import dtype_of
 
 BATCHES = 16
 """Micro-batches of the first epoch that are looked at, at most."""
@@ -20,7 +22,7 @@ BATCHES = 16
 def attach_started(model: nn.Module, config: MethodConfig, name: str, batches: Batches) -> AdapterSet:
     """The adapter of `config`, at its start; the same data and seed give the same start."""
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
-        return attach(model, config, name, storage=FOLDER)
+        return attach_from_base(model, config, name)
     count = min(BATCHES, batches.count(0))
     start = eva_start(model, config, [_arguments(model, batches.batch(0, index)) for index in range(count)])
     adapters = attach(model, start.config, name, storage=FOLDER)
@@ -30,6 +32,6 @@ def attach_started(model: nn.Module, config: MethodConfig, name: str, batches: B
 
 def _arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What the model's forward takes, with labels."""
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    ready = for_attention(batch, attention_of(model), dtype)
+    ready = for_attention(batch, attention_of(model), dtype_of(model))
+    device = next(model.parameters()).device
     return {key: value.to(device) for key, value in {**ready.inputs, "labels": ready.labels}.items()}

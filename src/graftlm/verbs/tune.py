@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,19 @@ from graftlm.formats.layout import CONFIG
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.resolve import resolve
+from graftlm.models.fused import fusable, fused
 from graftlm.models.generate import context_length
-from graftlm.models.load import load_model
+from graftlm.models.precision import AUTO, choose_device
 from graftlm.objectives.sft import SftObjective, require_causal
 from graftlm.training.defaults import fitted, fitted_length, room_beside
 from graftlm.training.loop import TrainResult, train
+from graftlm.training.low_bit_optim import require_optimizer
+from graftlm.training.memory_phases import MemoryPhases
 from graftlm.training.progress_bar import progress_display
 from graftlm.training.recipe import Recipe
 from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
+from graftlm.verbs.base import load_base
 from graftlm.verbs.dataset import Dataset, read_dataset
 from graftlm.verbs.measure import (
     HeldOutLoss,
@@ -39,33 +42,16 @@ from graftlm.verbs.measure import (
     known_from_file,
     measure,
 )
-from graftlm.verbs.plan import make_plan, use_checkpointing
+from graftlm.verbs.plan import dtype_name, make_plan, stored_as, use_checkpointing
 from graftlm.verbs.progress import say
-from graftlm.verbs.proof import Proof, prove
+from graftlm.verbs.proof import prove
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
 from graftlm.verbs.run_report import report_data
 from graftlm.verbs.start import attach_started
+from graftlm.verbs.tune_result import Outcome, TuneResult, figures, lines
 
 NAME = "default"
 PROBES = 8
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a run left behind and what it says."""
-
-    run: Path
-    adapter: Path
-    report: Path
-    verdict: str
-    passed: bool
-    lines: tuple[str, ...]
-    figures: Mapping[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        paths = {"run": str(self.run), "adapter": str(self.adapter), "report": str(self.report)}
-        return {**paths, "verdict": self.verdict, "passed": self.passed, **self.figures}
 
 
 def tune(
@@ -105,26 +91,34 @@ class Tuning:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, stop: StopRequests, resume: Resume) -> None:
         self.folder, self.recipe, self.stop, self.resume = folder, recipe, stop, resume
+        self.memory = MemoryPhases(choose_device(AUTO))
         self.dataset: Dataset
         self.known: KnownText | None
 
     def run(self) -> TuneResult:
         """All stages in order."""
         self._load()
-        known, before = self._measure_base()
-        adapters = self._attach()
+        with self.memory.during("evaluate"):
+            known, before = self._measure_base()
+        with self.memory.during("attach"):
+            adapters = self._attach()
         result = self._train(adapters)
         self._halt_if_asked()
-        after = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
-                        name="adapter", stop=self._halt_if_asked)  # fmt: skip
-        self._save(adapters)
-        proof = prove(self.model, adapters, self.folder.adapter, self._probes())
-        return self._report(known.source, before, after, result, proof)
+        with self.memory.during("evaluate"):
+            after = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
+                            name="adapter", stop=self._halt_if_asked)  # fmt: skip
+        with self.memory.during("save"):
+            self._save(adapters)
+        with self.memory.during("verify"):
+            proof = prove(self.model, adapters, self.folder.adapter, self._probes())
+        return self._report(known.source, Outcome(before, after, result, proof))
 
     def _load(self) -> None:
         recipe = self.recipe
+        require_optimizer(recipe.train.optim)
         raw = read_dataset(recipe.data, recipe.train.seed)  # a wrong path costs no loading of a model
-        self.model, self.tokenizer = load_model(recipe.model.name, dtype=recipe.model.dtype)
+        with self.memory.during("load"):
+            self.model, self.tokenizer = load_base(recipe.model)
         require_causal(self.model)
         recipe = fitted_length(recipe, room_beside(recipe.method.config, context_length(self.model)))
         self.dataset = raw.encoded(recipe.data, self.tokenizer)
@@ -135,7 +129,8 @@ class Tuning:
         resolve(self.model, recipe.method.config)
         self.known = known_from_file(self.recipe, self.tokenizer)
         self.folder.write_recipe(self.recipe)
-        self.folder.write_json(ENVIRONMENT, describe_environment().as_dict())
+        base = {"dtype": dtype_name(self.model), "quantization": stored_as(self.model)}
+        self.folder.write_json(ENVIRONMENT, {**describe_environment().as_dict(), "base": base})
         data = self.dataset
         say(f"Data   {len(data.train):,} rows to train on, {len(data.held_out):,} held out "
             f"({data.format.name}: {data.format.why})")  # fmt: skip
@@ -173,8 +168,16 @@ class Tuning:
         adapters = attach_started(self.model, recipe.method.config, NAME, self.batches)
         self.objective = SftObjective(self.model)
         self.recompute = use_checkpointing(self.model, recipe)
+        self.fusable = fusable(self.model)
         self.plan = make_plan(
-            recipe, self.model, adapters, self.dataset, self.batches, self.objective, self.recompute
+            recipe,
+            self.model,
+            adapters,
+            self.dataset,
+            self.batches,
+            self.objective,
+            self.recompute,
+            self.fusable,
         )
         self.folder.write_json(PLAN, self.plan.as_dict())
         say(f"Method {self.plan.summary}")
@@ -185,23 +188,27 @@ class Tuning:
         fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
         parameters = adapters.named_parameters(NAME)
-        result = train(
-            self.model,
-            self.objective,
-            self.batches,
-            parameters,
-            train_section,
-            run=self.folder.path,
-            resume=self.resume,
-            identity={"base": self.recipe.model.name, "dtype": self.plan.dtype, **method},
-            evaluate=HeldOutLoss(self.model, self.dataset.held_out),
-            callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
-            stop=self.stop,
-            lora_b=[
-                f"{path}.{key}" for path, part in adapters.parts(NAME).items() for key in part.output_side
-            ],
-        )
-        return result
+        with fused(self.fusable):
+            return train(
+                self.model,
+                self.objective,
+                self.batches,
+                parameters,
+                train_section,
+                run=self.folder.path,
+                resume=self.resume,
+                identity={
+                    "base": self.recipe.model.name, "dtype": self.plan.dtype,
+                    "quantization": self.plan.quantization, **method,
+                },
+                evaluate=HeldOutLoss(self.model, self.dataset.held_out),
+                callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
+                stop=self.stop,
+                lora_b=[
+                    f"{path}.{key}" for path, part in adapters.parts(NAME).items() for key in part.output_side
+                ],
+                memory=self.memory,
+            )  # fmt: skip
 
     def _save(self, adapters: AdapterSet) -> None:
         """The config is written last: an adapter without it was cut short by a kill, and is written again."""
@@ -221,63 +228,22 @@ class Tuning:
         chosen = rows[:: max(1, len(rows) // PROBES)][:PROBES]
         return [list(row.input_ids) for row in chosen]
 
-    def _report(
-        self,
-        source: str,
-        before: Measurement | None,
-        after: Measurement,
-        result: TrainResult,
-        proof: Proof,
-    ) -> TuneResult:
+    def _report(self, source: str, found: Outcome) -> TuneResult:
+        before, after = found.before, found.after
         comparison = compare(before.held_out, after.held_out) if before else None
         known = forgetting(before.known, after.known, source=source) if before else None
         judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
         data = report_data(
-            recipe=self.recipe, dataset=self.dataset, plan=self.plan, result=result, proof=proof,
+            recipe=self.recipe, dataset=self.dataset, plan=self.plan, result=found.result, proof=found.proof,
             comparison=comparison, known=known, judged=judged, folder=self.folder,
-            events=read_events(self.folder.events), notices=collected(),
+            events=read_events(self.folder.events), notices=collected(), memory=self.memory,
         )  # fmt: skip
         write_report(self.folder.report, data)
-        passed = proof.is_good and (judged is None or judged.outcome != "FAIL")
+        passed = found.proof.is_good and (judged is None or judged.outcome != "FAIL")
         text = (
             judged.text if judged else f"Held-out loss {after.held_out.loss:.3f}; the base was not measured."
         )
         return TuneResult(
             self.folder.path, self.folder.adapter, self.folder.report, text, passed,
-            self._lines(result, before, after, proof), self._figures(result, before, after, proof),
+            lines(self.folder, self.dataset, self.plan, found), figures(found),
         )  # fmt: skip
-
-    def _lines(
-        self, result: TrainResult, before: Measurement | None, after: Measurement, proof: Proof
-    ) -> tuple[str, ...]:
-        data = self.dataset
-        old = f"{before.held_out.loss:.3f} to " if before else ""
-        return (
-            f"Data: {len(data.train):,} rows, {len(data.held_out):,} held out -> {data.path}",
-            f"Plan: {self.plan.summary} -> {self.folder.path / PLAN}",
-            f"Train: {result.step:,} steps, {result.seconds:.0f} s, "
-            f"{result.peak_memory_bytes / 2**30:.2f} GiB -> {self.folder.events}",
-            f"Evaluate: held-out loss {old}{after.held_out.loss:.3f} -> {self.folder.report}",
-            f"Verify: {proof.summary} -> {self.folder.adapter}",
-        )
-
-    def _figures(
-        self, result: TrainResult, before: Measurement | None, after: Measurement, proof: Proof
-    ) -> dict[str, Any]:
-        def of(one: Measurement) -> dict[str, Any]:
-            match = one.held_out.exact_match
-            return {
-                "held_out_loss": one.held_out.loss,
-                "known_text_loss": one.known.loss,
-                "exact_match": match.interval.value if match else None,
-                "held_out_rows": len(one.held_out.rows),
-            }
-
-        return {
-            "steps": result.step,
-            "seconds": result.seconds,
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "before": of(before) if before else None,
-            "after": of(after),
-            "merge": proof.merge.as_dict() if proof.merge else None,
-        }
