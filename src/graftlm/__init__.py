@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from graftlm.methods.tokens import TrainableTokensConfig as TrainableTokensConfig
     from graftlm.models.load import load_model as load_model
     from graftlm.models.save_quantised import save_base as save_base
+    from graftlm.quant.foreign import adopt as adopt
     from graftlm.training.recipe import Recipe as Recipe
 
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "TrainableTokensConfig": "graftlm.methods.tokens",
     "load_model": "graftlm.models.load",
     "save_base": "graftlm.models.save_quantised",
+    "adopt": "graftlm.quant.foreign",
     "Recipe": "graftlm.training.recipe",
 }
 

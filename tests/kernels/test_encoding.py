@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -24,7 +25,9 @@ from graftlm.kernels.encoding import (
 
 library = pytest.importorskip("bitsandbytes.functional")
 # Its definition in plain torch; wrapped, it would be compiled for every new shape.
-library_decode = pytest.importorskip("bitsandbytes.backends.default.ops")._dequantize_4bit_compute.__wrapped__
+library_decode = inspect.unwrap(
+    pytest.importorskip("bitsandbytes.backends.default.ops")._dequantize_4bit_compute
+)
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -33,12 +33,12 @@ def test_each_phase_has_its_own_peak() -> None:
     with phases.during("large"):
         block(200)
     with phases.during("small"):
-        block(20)
+        block(40)  # the allocator keeps what is smaller than 32 MiB, and takes it from there
     with phases.during("large"):
         block(100)
     large, small = (peak.resident for peak in phases.peaks() if peak.phase in ("large", "small"))
     assert phases.is_exact
-    assert large - small == pytest.approx(180 * MIB, abs=8 * MIB)
+    assert large - small == pytest.approx(160 * MIB, abs=8 * MIB)
     assert [peak.phase for peak in phases.peaks()] == ["start", "large", "small"]
 
 
