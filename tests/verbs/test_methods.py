@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupting import interrupted
 from runs import SETTINGS, files_of
-from test_resume import interrupted
 
 from graftlm.core.config import read_yaml
 from graftlm.core.errors import TargetError
