@@ -37,7 +37,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-## make bench   every script in benchmarks/
+## make bench   every script in benchmarks/ (an hour or more, 20 GB of disk)
 bench: $(VENV)/installed-dev
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
