@@ -39,7 +39,7 @@ class _Weight(ctypes.Structure):
 class Reader:
     """One packed weight on a CPU, ready to be read. Holds the tensors whose memory the struct points to."""
 
-    library: ctypes.CDLL
+    compiled: ctypes.CDLL
     struct: _Weight
     rows: int
     columns: int
@@ -47,7 +47,7 @@ class Reader:
 
     def read(self, out: Tensor, rows: range, columns: range) -> None:
         """That part of the dense weight, into the contiguous `out` [rows, columns] of a type in `TYPES`."""
-        self.library.graft_decode(
+        self.compiled.graft_decode(
             *(ctypes.byref(self.struct), rows.start, rows.stop, columns.start, columns.stop),
             *(TYPES[out.dtype], out.data_ptr(), torch.get_num_threads()),
         )
@@ -56,7 +56,7 @@ class Reader:
         """`x W^T` in float32, W rounded to the dtype of x. Shapes: x [T, columns] -> [T, rows]."""
         wide = x.float().contiguous()
         out = wide.new_empty(len(x), self.rows)
-        self.library.graft_multiply(
+        self.compiled.graft_multiply(
             *(ctypes.byref(self.struct), wide.data_ptr(), len(x), 0, self.rows),
             *(_ROUNDED[x.dtype], out.data_ptr(), torch.get_num_threads()),
         )
