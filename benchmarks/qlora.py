@@ -129,7 +129,7 @@ def ours(given: argparse.Namespace, run: Run, stack: ExitStack) -> Callable[[int
     from graftlm.data.encode import Encoded
     from graftlm.formats.layout import FOLDER
     from graftlm.methods.attach import attach_folder
-    from graftlm.models.fused import fusable, fused
+    from graftlm.models.fusing.fused import fusable, fused
     from graftlm.models.load import load_model
     from graftlm.objectives.sft import SftObjective
     from graftlm.training.optim import make_optimizer

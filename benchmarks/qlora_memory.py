@@ -148,7 +148,7 @@ def train(given: argparse.Namespace) -> None:
     from graftlm.formats.layout import FOLDER
     from graftlm.methods.attach import attach
     from graftlm.methods.lora import LoraConfig
-    from graftlm.models.fused import fusable, fused
+    from graftlm.models.fusing.fused import fusable, fused
     from graftlm.models.load import load_model
     from graftlm.objectives.sft import SftObjective
     from graftlm.quant.embedding import quantise_embeddings

@@ -12,7 +12,7 @@ from graftlm.data.batches import Batches
 from graftlm.evaluation.report_data import SiteGroup
 from graftlm.formats.fingerprint import scheme_of
 from graftlm.methods.adapter_set import AdapterSet
-from graftlm.models.fused import Fusable
+from graftlm.models.fusing.fused import Fusable
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of, dtype_of, is_packed
 from graftlm.quant.weights import WeightHandle

@@ -20,7 +20,7 @@ from graftlm.formats.layout import CONFIG
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.resolve import resolve
-from graftlm.models.fused import fusable, fused
+from graftlm.models.fusing.fused import fusable, fused
 from graftlm.models.generate import context_length
 from graftlm.models.precision import AUTO, choose_device
 from graftlm.objectives.sft import SftObjective, require_causal
