@@ -11,6 +11,9 @@ from graftlm.core.notices import notice
 
 AUTO = "auto"
 
+WORTH_SAYING = 50_000_000
+"""Parameters from which a slower number format costs enough to be told."""
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -80,3 +83,14 @@ def choose_dtype(
         notice(f"{name} is stored in float16 and runs in float32: gradients underflow in float16 on a CPU.")
         return torch.float32
     return stored
+
+
+def advise_precision(dtype: torch.dtype, device: torch.device, *, parameters: int, name: str) -> None:
+    """A notice where a model of some size runs in 32 bits on a processor that is faster in 16."""
+    if device.type != "cpu" or dtype != torch.float32 or parameters < WORTH_SAYING:
+        return
+    if cpu_computes_bfloat16():
+        notice(
+            f"{name} is stored in float32 and runs in it; this processor multiplies bfloat16 several times as "
+            "fast: model.dtype: bfloat16."
+        )

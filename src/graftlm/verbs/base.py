@@ -11,7 +11,8 @@ from graftlm.core.environment import cpu_computes_bfloat16
 from graftlm.core.notices import notice
 from graftlm.formats.layout import EXTRA
 from graftlm.models.load import load_model
-from graftlm.models.precision import AUTO, choose_device
+from graftlm.models.precision import AUTO, advise_precision, choose_device
+from graftlm.quant.facts import device_of, dtype_of
 from graftlm.quant.scheme import Scheme
 from graftlm.training.recipe import ModelSection, Quantization, Recipe
 from graftlm.verbs.progress import loading
@@ -24,14 +25,18 @@ def load_base(section: ModelSection, name: str | None = None) -> tuple[Any, Any]
     Raises:
         ModelError: it cannot be loaded, or cannot be quantised.
     """
-    with loading(name or section.name) as tick:
-        return load_model(
-            name or section.name,
+    called = name or section.name
+    with loading(called) as tick:
+        model, tokenizer = load_model(
+            called,
             dtype=base_dtype(section),
             quantization=section.quantization,
             double_quant=section.double_quant,
             progress=tick,
         )
+    if section.dtype == AUTO:
+        advise_precision(dtype_of(model), device_of(model), parameters=model.num_parameters(), name=called)
+    return model, tokenizer
 
 
 def base_dtype(section: ModelSection) -> str:
