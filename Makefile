@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check format bench clean
+.PHONY: help demo test slow check format bench bench-full bench-gpu clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -37,9 +37,17 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-## make bench   every script in benchmarks/ (an hour or more, 20 GB of disk)
+## make bench   tuning against PEFT and TRL, the short form: under five minutes on two cores
 bench: $(VENV)/installed-dev
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/tuning.py
+
+## make bench-full   everything that docs/results/performance.md shows of a CPU: forty minutes, kept in results/
+bench-full: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/series.py
+
+## make bench-gpu    the rows for one GPU: at most ten minutes each, kept in results/
+bench-gpu: $(VENV)/installed-dev
+	@set -e; for script in benchmarks/gpu/*.py; do echo "== $$script"; $(BIN)/python "$$script" --keep; done
 
 ## make clean   remove the environment and what tools left behind
 clean:

@@ -21,18 +21,11 @@ where GRAFT_SHARED says.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +33,9 @@ import bitsandbytes.functional
 import bitsandbytes.nn
 import peft
 import torch
+from harness import results
+from harness.tuned_run import tuned
+from harness.writer import SHARED
 from torch import Tensor, nn
 
 from graftlm.formats.layout import FOLDER
@@ -51,9 +47,7 @@ from graftlm.quant.packed import encode
 from graftlm.quant.scheme import Scheme
 from graftlm.verbs.merge import merge
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("GRAFT_SHARED", ROOT.parent / "shared"))
-RESULTS = Path(__file__).parent / "results" / "merge_study.csv"
+RESULTS = results.FOLDER / "merge_study.csv"
 
 KINDS = ("nf4", "fp4", "int8", "fp8")
 OF_PEERS = ("nf4", "fp4", "int8")
@@ -88,9 +82,9 @@ class Row:
     mean_kl: float | None = None
     top1: float | None = None
     nll_change: float | None = None
-    machine: str = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    versions: str = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    date: str = datetime.now(UTC).strftime("%Y-%m-%d")
+    machine: str = results.machine()
+    versions: str = results.versions(*PACKAGES)
+    date: str = results.today()
 
 
 def weights_of(name: str) -> dict[str, Tensor]:
@@ -227,15 +221,8 @@ def trained(scratch: Path) -> Iterable[Row]:
 
 
 def tune(out: Path) -> None:
-    settings = ["model.quantization=nf4", "train.max_steps=50", "eval.metrics=[loss]"]
-    settings += ["data.eval_fraction=0.05", "train.eval_steps=100000", "train.save_steps=100000"]
-    command = [sys.executable, "-m", "graftlm", "tune", str(SHARED / "data" / TASK / "train.jsonl")]
-    command += ["--model", str(SHARED / "models" / TRAINED_ON), "--method", "qlora", "--out", str(out)]
-    for setting in (*settings, "output.report_to=none"):
-        command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if not (out / "adapter").is_dir():
-        raise SystemExit(done.stderr[-2000:])
+    settings = ("method.type=qlora", "model.quantization=nf4", "train.max_steps=50", "eval.metrics=[loss]")
+    tuned(TASK, TRAINED_ON, settings, out)
 
 
 def factors_of(model: Any, adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -251,16 +238,7 @@ def factors_of(model: Any, adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def measured() -> list[Row]:
     """Every row so far."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        return [Row(**{key: _parsed(key, text) for key, text in row.items()}) for row in csv.DictReader(file)]
-
-
-def _parsed(key: str, text: str) -> Any:
-    if key not in ("size", "kept", "error", "mean_kl", "top1", "nll_change"):
-        return text
-    return float(text) if text else None
+    return results.read_as(Row, RESULTS)
 
 
 def keep(rows: Iterable[Row]) -> None:
@@ -268,11 +246,8 @@ def keep(rows: Iterable[Row]) -> None:
     fresh = list(rows)
     same = {(row.weights, row.kind) for row in fresh}
     known = [row for row in measured() if (row.weights, row.kind) not in same]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in (*known, *fresh))
+    RESULTS.unlink(missing_ok=True)
+    results.append(RESULTS, [asdict(row) for row in (*known, *fresh)])
 
 
 def table(rows: list[Row]) -> str:

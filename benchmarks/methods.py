@@ -13,24 +13,18 @@ inside the grid, on seed 42 only; the other seeds run at the best rate. Real mod
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("GRAFT_SHARED", ROOT.parent / "shared"))
-RESULTS = Path(__file__).parent / "results" / "methods.csv"
+from harness import results
+from harness.tuned_run import TunedRun, tuned
+
+RESULTS = results.FOLDER / "methods.csv"
 
 TASKS = {"e2e-nlg": "gpt2-tiny-en", "wikisql": "stories260K"}
 METHODS: dict[str, tuple[str, ...]] = {
@@ -99,61 +93,33 @@ class Job:
 
 def run(job: Job) -> Row | None:
     """One `graft tune` in a process of its own; None where the base has nothing that the method trains."""
+    settings = [f"method.{setting}" for setting in METHODS[job.method]]
+    settings += [f"train.seed={job.seed}", f"train.max_steps={job.steps}", "eval.metrics=[loss]"]
+    settings += [] if job.rate is None else [f"train.learning_rate={job.rate:.3g}"]
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
-        settings = [f"method.{setting}" for setting in METHODS[job.method]]
-        settings += [
-            f"train.seed={job.seed}",
-            f"train.max_steps={job.steps}",
-            "eval.metrics=[loss]",
-            "data.eval_fraction=0.05",
-        ]
-        settings += ["train.eval_steps=100000", "train.save_steps=100000", "output.report_to=none"]
-        settings += [] if job.rate is None else [f"train.learning_rate={job.rate:.3g}"]
-        command = [sys.executable, "-m", "graftlm", "tune", str(SHARED / "data" / job.task / "train.jsonl")]
-        command += ["--model", str(SHARED / "models" / TASKS[job.task]), "--out", str(out), "--json"]
-        for setting in settings:
-            command += ["--set", setting]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-        if done.returncode and "This model has no" in done.stderr:
-            return None
-        if not (out / "report.json").is_file():
-            raise SystemExit(f"{job}\n{done.stderr[-2000:]}")
-        return _row(job, json.loads(done.stdout.strip().splitlines()[-1]), out)
+        found = tuned(job.task, TASKS[job.task], settings, Path(scratch) / "run")
+        return None if found is None else _row(job, found)
 
 
-def _row(job: Job, figures: dict[str, dict[str, float]], out: Path) -> Row:
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+def _row(job: Job, found: TunedRun) -> Row:
+    figures, plan = found.figures, found.read("plan.json")
     return Row(
         job.task, TASKS[job.task], job.method, plan["learning_rate"], job.seed, job.steps,
         figures["before"]["held_out_loss"], figures["after"]["held_out_loss"],
         figures["before"]["known_text_loss"], figures["after"]["known_text_loss"],
-        plan["trainable"], float(figures["seconds"]), int(figures["peak_memory_bytes"]),
-        (out / "adapter" / "adapter_model.safetensors").stat().st_size,
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        f"torch {version('torch')}, transformers {version('transformers')}, graftlm {version('graftlm')}",
-        datetime.now(UTC).strftime("%Y-%m-%d"),
+        plan["trainable"], float(figures["seconds"]), int(figures["peak_memory_bytes"]), found.file_bytes,
+        results.machine(), results.versions("torch", "transformers", "graftlm"), results.today(),
     )  # fmt: skip
 
 
 def measured() -> list[Row]:
     """Every row of the results so far."""
-    if not RESULTS.is_file():
-        return []
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)}
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        return [Row(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+    return results.read_as(Row, RESULTS)
 
 
 def keep(row: Row) -> None:
-    """Append one row, with the header where the file is new."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.is_file()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    """Append one row."""
+    results.append(RESULTS, [asdict(row)])
     change = f"{row.loss_before:.3f} -> {row.loss_after:.3f}"
     print(f"{row.task:10} {row.method:22} rate {row.rate:.1e} seed {row.seed}: {change}", flush=True)
 

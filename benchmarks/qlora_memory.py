@@ -17,22 +17,20 @@ whole depth follows: that is arithmetic, not a run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "qlora_memory.csv"
+from harness import results
+
+RESULTS = results.FOLDER / "qlora_memory.csv"
 RANK = 16
 GB = 1e9
 
@@ -150,6 +148,7 @@ def train(given: argparse.Namespace) -> None:
     from graftlm.methods.lora import LoraConfig
     from graftlm.models.fusing.fused import fusable, fused
     from graftlm.models.load import load_model
+    from graftlm.models.recompute.policy import recomputing
     from graftlm.objectives.sft import SftObjective
     from graftlm.quant.embedding import quantise_embeddings
     from graftlm.training.memory_classes import tensor_classes
@@ -157,7 +156,6 @@ def train(given: argparse.Namespace) -> None:
     from graftlm.training.optim import make_optimizer
     from graftlm.training.recipe import Recipe
     from graftlm.training.step import optimizer_step
-    from graftlm.verbs.plan import use_checkpointing
 
     found = Measured(given.shape, given.layers[0])
     memory = MemoryPhases(torch.device("cpu"))
@@ -169,12 +167,11 @@ def train(given: argparse.Namespace) -> None:
         quantise_embeddings(model, given.tables)
     memory.enter("attach")
     adapters = attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK), storage=FOLDER)
-    train_section = {"gradient_checkpointing": True, "optim": given.optim}
+    train_section = {"optim": given.optim}
     recipe = Recipe.model_validate({"model": "any", "data": "any", "train": train_section})
     settings = recipe.train
     parameters = adapters.named_parameters("default")
     optimizer = make_optimizer(parameters, settings)
-    use_checkpointing(model, recipe)
     model.train()
     objective = SftObjective(model)
     ids = torch.randint(512, (given.length,)).tolist()
@@ -182,7 +179,7 @@ def train(given: argparse.Namespace) -> None:
     batch = Batches(
         rows, rows_per_batch=1, max_length=given.length, packing=False, seed=0, pad_token_id=0
     ).batch(0, 0)
-    with fused(fusable(model)):
+    with fused(fusable(model)), recomputing(model, "everything"):
         for index in range(given.steps):
             started = time.perf_counter()
             stats = optimizer_step(
@@ -249,26 +246,21 @@ def whole_depth(few: Measured, more: Measured) -> Measured:
 
 def keep(runs: Sequence[tuple[str, Measured]]) -> None:
     """Append to the results: one row per phase and per kind of tensor."""
-    packages = ("torch", "transformers", "graftlm")
     where = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
-        "command": " ".join(["python benchmarks/qlora_memory.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": results.machine(),
+        "versions": results.versions("torch", "transformers", "graftlm"),
+        "command": results.command(__file__),
+        "date": results.today(),
     }
-    is_new = not RESULTS.is_file()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        names = ("shape", "layers", "how", "what", "item", "parameters", "bytes", *where)
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for how, run in runs:
-            head = {"shape": run.shape, "layers": run.layers, "how": how}
-            for phase, size in run.phases.items():
-                writer.writerow({**head, "what": "peak", "item": phase, "bytes": size, **where})
-            for name, (count, size) in run.classes.items():
-                row = {"what": "tensors", "item": name, "parameters": count, "bytes": size}
-                writer.writerow({**head, **row, **where})
+    rows: list[dict[str, Any]] = []
+    for how, run in runs:
+        head = {"shape": run.shape, "layers": run.layers, "how": how}
+        for phase, size in run.phases.items():
+            rows.append({**head, "what": "peak", "item": phase, "parameters": "", "bytes": size, **where})
+        for name, (count, size) in run.classes.items():
+            row = {"what": "tensors", "item": name, "parameters": count, "bytes": size}
+            rows.append({**head, **row, **where})
+    results.append(RESULTS, rows)
 
 
 def measured(given: argparse.Namespace, layers: int) -> Measured:

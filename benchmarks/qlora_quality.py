@@ -13,22 +13,18 @@ found in `../shared`, or where GRAFT_SHARED says.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from harness import results
+from harness.tuned_run import tuned
+from harness.writer import SHARED
 from torch import Tensor
 
 from graftlm.models.load import load_model
@@ -36,10 +32,8 @@ from graftlm.quant.convert import dense_weight, quantisable
 from graftlm.quant.packed import encode
 from graftlm.quant.scheme import Scheme
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("GRAFT_SHARED", ROOT.parent / "shared"))
-RESULTS = Path(__file__).parent / "results" / "qlora_quality.csv"
-ERRORS = Path(__file__).parent / "results" / "qlora_errors.csv"
+RESULTS = results.FOLDER / "qlora_quality.csv"
+ERRORS = results.FOLDER / "qlora_errors.csv"
 
 TASKS = {"e2e-nlg": ("gpt2-tiny-en", 9.6e-3), "wikisql": ("stories260K", 5.0e-3)}
 REFERENCE = "LoRA, bfloat16"
@@ -95,37 +89,25 @@ def run(job: Job) -> Row:
         f"train.seed={job.seed}",
         f"train.max_steps={job.steps}",
         f"train.learning_rate={rate}",
-        *("eval.metrics=[loss]", "data.eval_fraction=0.05", "train.eval_steps=100000"),
-        *("train.save_steps=100000", "output.report_to=none"),
+        "eval.metrics=[loss]",
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
-        command = [sys.executable, "-m", "graftlm", "tune", str(SHARED / "data" / job.task / "train.jsonl")]
-        command += ["--model", str(SHARED / "models" / model), "--out", str(out), "--json"]
-        command += [part for setting in settings for part in ("--set", setting)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-        if not (out / "report.json").is_file():
-            raise SystemExit(f"{job}\n{done.stderr[-2000:]}")
-        figures = json.loads(done.stdout.strip().splitlines()[-1])
-        classes = json.loads((out / "report.json").read_text(encoding="utf-8"))["memory"]["classes"]
+        found = tuned(job.task, model, settings, Path(scratch) / "run")
+        if found is None:
+            raise SystemExit(f"{job}: there is nothing to train")
+        figures, classes = found.figures, found.read("report.json")["memory"]["classes"]
     layers = next(item for item in classes if item["name"] in ("quantised linears", "dense linears"))
     return Row(
         job.task, model, job.variant, job.seed, job.steps, rate,
         8 * layers["bytes"] / layers["parameters"],
         figures["before"]["held_out_loss"], figures["after"]["held_out_loss"], float(figures["seconds"]),
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        f"torch {version('torch')}, transformers {version('transformers')}, graftlm {version('graftlm')}",
-        datetime.now(UTC).strftime("%Y-%m-%d"),
+        results.machine(), results.versions("torch", "transformers", "graftlm"), results.today(),
     )  # fmt: skip
 
 
 def measured() -> list[Row]:
     """Every row of the results so far."""
-    if not RESULTS.is_file():
-        return []
-    kinds = {item.name: {"int": int, "float": float}.get(str(item.type), str) for item in fields(Row)}
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        return [Row(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+    return results.read_as(Row, RESULTS)
 
 
 def result(job: Job) -> None:
@@ -134,12 +116,7 @@ def result(job: Job) -> None:
     if (job.task, job.variant, job.seed, job.steps) in known:
         return
     row = run(job)
-    is_new = not RESULTS.is_file()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    results.append(RESULTS, [asdict(row)])
     change = f"{row.loss_before:.3f} -> {row.loss_after:.4f}"
     print(f"{row.task:8} {row.variant:18} seed {row.seed}: {change}, {row.seconds:.0f} s", flush=True)
 
@@ -274,10 +251,8 @@ def errors() -> str:
             cells += [f"{bits:.3f}", f"{100 * error:.3f} %"]
             rows.append({"type": kind, "weights": name, "bits_per_parameter": bits, "relative_error": error})
         lines.append(f"| {' | '.join(cells)} |")
-    with ERRORS.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    ERRORS.unlink(missing_ok=True)
+    results.append(ERRORS, rows)
     return "\n".join(lines)
 
 

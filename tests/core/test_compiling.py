@@ -50,6 +50,14 @@ def test_another_source_is_another_library(source: Path) -> None:
     assert ctypes.CDLL(str(second)).eight() == 8
 
 
+def test_what_a_source_includes_counts(source: Path) -> None:
+    header = source.with_name("number.h")
+    source.write_text('#include <stdint.h>\n#include "number.h"\nint seven(void) { return NUMBER; }\n')
+    for number in (7, 8):
+        header.write_text(f"#define NUMBER {number}\n")
+        assert ctypes.CDLL(str(compiling.build(source, threads=False))).seven() == number
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
 def test_a_damaged_library_is_compiled_again(source: Path, damage: str) -> None:
     library = compiling.build(source, threads=False)

@@ -1,7 +1,9 @@
-"""Packing and batches: every row once, labels right, no row sees another, order a pure function."""
+"""Packing and batches: every row once, labels right, no row sees another, order a pure function; and the
+forms that each kind of attention reads."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftlm.core.errors import DataError
-from graftlm.data.batches import Batch, Batches, for_attention
+from graftlm.data.batches import Batch, Batches
 from graftlm.data.encode import IGNORED, Encoded, encode_examples
 from graftlm.data.formats import detect, to_examples
+from graftlm.data.forms import DOCUMENTS, document_mask, flat, for_attention
 from graftlm.data.packing import best_fit
 from graftlm.data.sources import read_rows
+
+FLOAT = torch.float32
 
 
 def rows_of(lengths: list[int], vocabulary: int = 90) -> list[Encoded]:
@@ -40,7 +45,7 @@ def every(batches: Batches, epoch: int) -> list[Batch]:
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of every document of a packed batch, found by its mask alone."""
     found = []
-    mask = batch.inputs["attention_mask"][:, 0]
+    mask = document_mask(batch)[:, 0]
     for line in range(mask.shape[0]):
         start = 0
         for stop in range(1, mask.shape[1] + 1):
@@ -63,7 +68,7 @@ def test_packing(lengths: list[int], rows_per_batch: int, seed: int, epoch: int)
     batches = batches_of(rows, rows_per_batch=rows_per_batch, seed=seed)
     seen: list[int] = []
     for batch in every(batches, epoch):
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        ids, mask = batch.inputs["input_ids"], document_mask(batch)
         assert mask.dtype == torch.bool and mask.shape == (ids.shape[0], 1, ids.shape[1], ids.shape[1])
         assert ids.shape[1] <= 32 and ids.shape[0] <= rows_per_batch
         assert mask.any(-1).all() and not mask.triu(1).any()
@@ -200,24 +205,12 @@ def test_changing_one_document_leaves_the_logits_of_its_neighbours(kind: str) ->
     starts = (batch.inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
     changed = batch.inputs["input_ids"].clone()
     changed[0, starts[1] : starts[2]] = 5
+    inputs = for_attention(batch, "sdpa", torch.float32).inputs
     with torch.no_grad():
-        before = model(**batch.inputs).logits
-        after = model(**{**batch.inputs, "input_ids": changed}).logits
+        before = model(**inputs).logits
+        after = model(**{**inputs, "input_ids": changed}).logits
     same = (before == after).all(-1)[0]
     assert same[: starts[1]].all() and same[starts[2] :].all() and not same[starts[1] : starts[2]].any()
-
-
-def test_eager_attention_ignores_a_boolean_mask_and_is_given_an_additive_one() -> None:
-    """Why `for_attention` exists: should this begin to fail, eager takes boolean masks too."""
-    model = model_of("llama", "eager")
-    batch = batches_of(rows_of([9, 12, 8]), rows_per_batch=1).batch(0, 0)
-    with torch.no_grad():
-        raw = model(**batch.inputs).logits
-        right = model_of("llama", "sdpa")(**batch.inputs).logits
-        fixed = model(**for_attention(batch, "eager", torch.float32).inputs).logits
-    assert (raw - right).abs().max() > 1e-3
-    assert (fixed - right).abs().max() < 1e-5
-    assert "attention_mask" not in for_attention(batch, "flash_attention_2", torch.float32).inputs
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -232,3 +225,61 @@ def test_packed_loss_on_a_trained_model(shared: Path, tokenizer_of: Any, attenti
     )
     packed = sum(loss_of(model, batch) for batch in every(batches_of(encoded, **options), 0))
     assert packed == pytest.approx(alone, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 32), min_size=1, max_size=20),
+    rows_per_batch=st.integers(1, 4),
+    packing=st.booleans(),
+)
+def test_a_flat_batch_holds_every_row_and_no_padding(
+    lengths: list[int], rows_per_batch: int, packing: bool
+) -> None:
+    rows = rows_of(lengths)
+    batches = batches_of(rows, rows_per_batch=rows_per_batch, packing=packing)
+    for batch in every(batches, 0):
+        found = flat(batch)
+        ids, starts = found.inputs["input_ids"], found.inputs["cu_seq_lens_q"].tolist()
+        assert ids.shape == found.labels.shape == (1, batch.real_tokens) and set(found.inputs) == {
+            "input_ids", "position_ids", "cu_seq_lens_q"
+        }  # fmt: skip
+        assert batch.inputs["input_ids"].numel() <= batches.most_tokens
+        assert (found.target_tokens, found.real_tokens) == (batch.target_tokens, batch.real_tokens)
+        assert found.rows == batch.rows and len(starts) == len(batch.rows) + 1
+        for row, (start, stop) in zip(batch.rows, pairwise(starts), strict=True):
+            assert tuple(ids[0, start:stop].tolist()) == rows[row - 1].input_ids
+            assert tuple(found.labels[0, start + 1 : stop].tolist()) == rows[row - 1].labels[1:]
+            assert found.labels[0, start] == IGNORED
+            assert found.inputs["position_ids"][0, start:stop].tolist() == list(range(stop - start))
+
+
+def test_padded_rows_and_unknown_documents_are_left_alone() -> None:
+    padded = batches_of(rows_of([9, 5]), packing=False).batch(0, 0)
+    assert for_attention(padded, "sdpa", FLOAT) is padded is for_attention(padded, "eager", FLOAT)
+    unknown = Batch(padded.inputs, padded.labels, 1, 1, (1, 2))
+    assert for_attention(unknown, DOCUMENTS, FLOAT) is unknown
+
+
+def test_a_mask_is_made_only_for_who_reads_one() -> None:
+    packed = batches_of(rows_of([9, 12, 8]), rows_per_batch=1).batch(0, 0)
+    assert "attention_mask" not in packed.inputs
+    for name in ("flash_attention_2", "flex_attention", DOCUMENTS):
+        assert "attention_mask" not in for_attention(packed, name, FLOAT).inputs
+    mask = for_attention(packed, "sdpa", FLOAT).inputs["attention_mask"]
+    assert mask.dtype == torch.bool and mask.shape == (1, 1, 32, 32)
+
+
+def test_eager_attention_ignores_a_boolean_mask_and_is_given_an_additive_one() -> None:
+    """Should this begin to fail, eager takes boolean masks too."""
+    model = model_of("llama", "eager")
+    batch = batches_of(rows_of([9, 12, 8]), rows_per_batch=1).batch(0, 0)
+
+    def logits(who: Any, implementation: str) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = who(**for_attention(batch, implementation, FLOAT).inputs).logits
+        return found
+
+    right = logits(model_of("llama", "sdpa"), "sdpa")
+    assert (logits(model, "sdpa") - right).abs().max() > 1e-3
+    assert (logits(model, "eager") - right).abs().max() < 1e-5

@@ -13,6 +13,11 @@ from graftlm.core.errors import DataError, ModelError
 from graftlm.evaluation import perplexity
 from graftlm.evaluation.perplexity import row_losses
 from graftlm.evaluation.rows import IGNORED, TokenRow, Tokens
+from graftlm.formats.layout import FOLDER
+from graftlm.methods.attach import attach
+from graftlm.methods.base import MethodConfig
+from graftlm.methods.prompt import PromptTuningConfig
+from graftlm.models.fusing.attention import attention_layers
 
 TEXTS = (
     "Once upon a time, there was a little girl named Lily.",
@@ -45,6 +50,27 @@ def test_row_losses_equal_the_definition(
         assert measured.tokens == tokens
         assert measured.loss_sum == pytest.approx(loss, rel=2e-5)
     assert found.path.startswith("full logits" if kind == "gemma2" else "head in chunks")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", [None, PromptTuningConfig(num_virtual_tokens=2)], ids=["base", "prompt"])
+def test_rows_are_read_without_padding_where_attention_takes_documents(
+    kind: str, method: MethodConfig | None, make_model: Callable[..., Any], make_rows: Callable[..., Any]
+) -> None:
+    model, rows = make_model(kind), make_rows(9)
+    if method is not None:
+        attach(model, method, storage=FOLDER)
+    expected = row_losses(model, rows)
+    with attention_layers(model).in_use():
+        shapes: list[torch.Size] = []
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: shapes.append(args[0].shape)
+        )
+        found = row_losses(model, rows)
+        hook.remove()
+    assert [tuple(shape) for shape in shapes] == [(1, sum(len(row.input_ids) for row in rows))]
+    for mine, other in zip(found.rows, expected.rows, strict=True):
+        assert mine.loss_sum == pytest.approx(other.loss_sum, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["stories260K", "gpt2-tiny-en"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graftlm.core.errors import GraftError
+from graftlm.kernels.native import pointwise_call as native
 from graftlm.kernels.ops import linear_cross_entropy
 
 
@@ -29,6 +30,13 @@ def definition(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
+@pytest.fixture(params=["compiled", "plain torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "plain torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    return str(request.param)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 23),
@@ -38,7 +46,7 @@ def definition(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     with_bias=st.booleans(),
 )
-def test_loss_and_gradient_are_those_of_the_definition(
+def check_loss_and_gradient(
     rows: int, width: int, vocabulary: int, chunk: int, dtype: torch.dtype, with_bias: bool
 ) -> None:
     hidden, weight, labels, bias = problem(rows, width, vocabulary, dtype, with_bias=with_bias)
@@ -54,6 +62,35 @@ def test_loss_and_gradient_are_those_of_the_definition(
     assert abs(loss.item() - expected.item()) <= tolerance * max(1.0, expected.item())
     error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm().clamp_min(1e-2)
     assert error.item() < tolerance
+
+
+@pytest.mark.usefixtures("way")
+def test_loss_and_gradient_are_those_of_the_definition() -> None:
+    check_loss_and_gradient()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("chunk", [1, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabularies_that_fill_several_blocks(dtype: torch.dtype, chunk: int) -> None:
+    """With logits that no float32 exponential holds, the largest in the last piece."""
+    hidden, weight, labels, bias = problem(37, 8, 1500, dtype, with_bias=True)
+    weight = weight * torch.linspace(1, 9, 1500).unsqueeze(1).to(dtype)
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    loss = linear_cross_entropy(ours, weight, labels, bias=bias, chunk_rows=chunk)
+    expected = definition(exact, weight, labels, bias)
+    (gradient,), (truth,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)
+    tolerance = 5e-6 if dtype == torch.float32 else 2e-2  # logits near 100, rounded to 0.25
+    assert abs(loss.item() - expected.item()) <= tolerance * expected.item()
+    assert (gradient.double() - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.usefixtures("way")
+def test_a_value_that_is_not_finite_is_not_hidden() -> None:
+    hidden, weight, labels, _ = problem(3, 8, 300, torch.float32, with_bias=False)
+    for value in (torch.nan, torch.inf):
+        broken = hidden.index_fill(0, torch.tensor(1), value)
+        assert not torch.isfinite(linear_cross_entropy(broken, weight, labels))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])

@@ -258,7 +258,27 @@ def test_operators_are_what_they_declare(scheme: Scheme) -> None:
     for dtype in DTYPES[:2]:
         torch.library.opcheck(operators.decode, (*layout, dtype))
         torch.library.opcheck(operators.quantised_linear, (draw(5, 40, dtype=dtype), *layout, None))
-        torch.library.opcheck(operators.quantised_linear_backward, (draw(5, 12, dtype=dtype), *layout))
+        grad = draw(5, 12, dtype=dtype)
+        torch.library.opcheck(operators.quantised_linear_backward, (grad, *layout))
+        torch.library.opcheck(
+            operators.quantised_linear_accumulate, (draw(5, 40, dtype=dtype), grad, *layout)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(12, 40), (700, 1100), (5, 5000)])
+def test_gradients_of_several_layers_are_added_up_where_they_lie(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    for scheme in SCHEMES:
+        weight = packed(*shape, scheme)
+        layout = (weight.stored, scheme.kind, scheme.block_size, *weight.shape)
+        before, grad = draw(6, shape[1], dtype=dtype, seed=1), draw(6, shape[0], dtype=dtype, seed=2)
+        out = before.clone()
+        torch.ops.graft.quantised_linear_accumulate(out, grad, *layout)
+        definition = before.double() + grad.double() @ exact(weight, dtype)
+        size = before.double().abs() + grad.double().abs() @ exact(weight, dtype).abs()
+        assert error(out, definition, size) < 4 * ROUNDING[dtype]
 
 
 def test_decode_equals_the_definition_to_the_bit() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from graftlm.data.batches import Batch
 from graftlm.formats.layout import FOLDER
+from graftlm.kernels import cross_entropy
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig
 from graftlm.objectives import packed_head
@@ -48,7 +49,7 @@ def dense_loss(hidden: Tensor, packed: PackedWeight, labels: Tensor, bias: Tenso
 def test_it_is_the_loss_of_the_dense_head(
     kind: str, rows: int, pieces: tuple[int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_head, "ROWS", pieces[0])
+    monkeypatch.setattr(cross_entropy, "ROWS", pieces[0])
     monkeypatch.setattr(packed_head, "VALUES", pieces[1])
     packed, (hidden, labels) = a_head(kind), states(rows)
     bias = torch.randn(101, dtype=torch.float64) if with_bias else None

@@ -81,6 +81,16 @@ def test_rates_fall_with_width_and_stay_in_bounds() -> None:
     assert rate_for_width(8192) < 2e-4
 
 
+@given(lengths=st.lists(st.integers(2, 9000), min_size=1, max_size=20))
+def test_rows_that_are_not_packed_fill_a_pass_too(lengths: list[int]) -> None:
+    asked = make_recipe(LEAST, ["data.packing=false", "data.max_length=9000"])
+    found, notes = fitted(asked, lengths, 1024)
+    size, passes = found.train.per_device_train_batch_size, found.train.gradient_accumulation_steps
+    assert size == 1 or size * max(lengths) <= TOKENS_PER_PASS
+    assert ROWS_PER_STEP - 3 <= size * passes <= ROWS_PER_STEP + 3
+    assert notes[-1] == f"{size * passes} rows per step, {size} at a time"
+
+
 def test_a_fitted_recipe_is_fitted_no_further() -> None:
     """The run's recipe.yaml holds every value: repeating it on other data changes none of them."""
     once, _ = fitted(recipe(), [20] * 90, 256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from graftlm.data.encode import Encoded
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig
+from graftlm.models.fusing.fused import fusable, fused
 from graftlm.objectives.sft import SftObjective
 from graftlm.training.loop import TrainResult, train
 from graftlm.training.signals import StopRequests
 
 
-def run_it(run: Path, *, packing: bool, stop_after: int = 0) -> TrainResult:
+def run_it(run: Path, *, packing: bool, stop_after: int = 0, is_fused: bool = False) -> TrainResult:
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -32,7 +34,7 @@ def run_it(run: Path, *, packing: bool, stop_after: int = 0) -> TrainResult:
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if is_fused else torch.float32)
     adapters = attach(model, LoraConfig(r=4, lora_dropout=0.2), storage=FOLDER)
     draw = random.Random(1)
     rows = []
@@ -51,7 +53,10 @@ def run_it(run: Path, *, packing: bool, stop_after: int = 0) -> TrainResult:
         return inner(model, batch)
 
     parameters = adapters.named_parameters("default")
-    return train(model, objective, batches, parameters, Settings(), run=run, resume="if_present", stop=stop)
+    with fused(fusable(model)) if is_fused else nullcontext():
+        return train(
+            model, objective, batches, parameters, Settings(), run=run, resume="if_present", stop=stop
+        )
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -60,4 +65,13 @@ def test_resume_is_bit_exact(tmp_path: Path, packing: bool, stop_after: int) -> 
     assert run_it(tmp_path / "whole", packing=packing).why == "finished"
     assert run_it(tmp_path / "cut", packing=packing, stop_after=stop_after).exit_code == 143
     assert run_it(tmp_path / "cut", packing=packing).why == "finished"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resume_is_bit_exact_with_the_faster_parts_in_use(tmp_path: Path, packing: bool) -> None:
+    options: dict[str, Any] = {"packing": packing, "is_fused": True}
+    assert run_it(tmp_path / "whole", **options).why == "finished"
+    assert run_it(tmp_path / "cut", stop_after=3, **options).exit_code == 143
+    assert run_it(tmp_path / "cut", **options).why == "finished"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

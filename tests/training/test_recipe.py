@@ -32,7 +32,7 @@ method: {type: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: a
 train:  {num_train_epochs: 3, max_steps: null, per_device_train_batch_size: 4,
          gradient_accumulation_steps: 4, learning_rate: 2.0e-4,
          lr_scheduler_type: cosine, warmup_ratio: 0.03, weight_decay: 0.0, max_grad_norm: 1.0, optim: adamw,
-         loraplus_lr_ratio: null, gradient_checkpointing: auto, save_steps: 100, eval_steps: 100,
+         loraplus_lr_ratio: null, recompute: auto, save_steps: 100, eval_steps: 100,
          early_stopping_patience: null, seed: 42}
 eval:   {metrics: auto, before_after: true}
 output: {dir: null, register_as: null, report_to: [tensorboard]}
@@ -212,3 +212,22 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     written("", tmp_path).write_bytes(b"model: \xff\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("asked, policy", [("true", "everything"), ("false", "nothing"), ("auto", "auto")])
+def test_the_usual_name_of_recomputation(asked: str, policy: str) -> None:
+    usual = f"train.gradient_checkpointing={asked}"
+    assert make_recipe(LEAST, [usual]).train.recompute == policy
+    assert make_recipe(LEAST, [usual, f"train.recompute={policy}"]).train.recompute == policy
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, [usual, "train.recompute=cheap"])
+    assert "contradict each other" in refused.value.problems[0]
+
+
+def test_recomputation_is_one_of_the_policies() -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, ["train.recompute=some"])
+    assert len(refused.value.problems) == 1 and "'feed_forward', 'everything'" in refused.value.problems[0]
+    with pytest.raises(ConfigError) as refused:
+        make_recipe(LEAST, ["train.gradient_checkpointing=often"])
+    assert "true, false or auto" in refused.value.problems[0]

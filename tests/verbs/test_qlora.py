@@ -22,12 +22,12 @@ from graftlm.core.events import read_events
 from graftlm.evaluation.report import read_report
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import adapters_of, attach
+from graftlm.models.recompute.policy import Policy, recomputing
 from graftlm.quant.convert import quantised_layers
 from graftlm.training.recipe import make_recipe
 from graftlm.verbs.base import load_base
 from graftlm.verbs.chat import chat
 from graftlm.verbs.evaluate import evaluate
-from graftlm.verbs.plan import use_checkpointing
 from graftlm.verbs.tune import tune
 from graftlm.verbs.tune_result import TuneResult
 
@@ -57,7 +57,7 @@ def test_the_recipe_is_complete(run: TuneResult) -> None:
     assert recipe["method"]["type"] == "qlora"
     assert recipe["model"] == {
         "name": "sprout", "dtype": "float32", "quantization": "nf4", "double_quant": True,
-        "compute_dtype": "float32",
+        "compute_dtype": "float32", "products": "16-bit", "placement": "resident",
     }  # fmt: skip
     assert recipe["train"]["optim"] == "adamw"
 
@@ -116,8 +116,9 @@ def test_another_quantisation_on_resume_is_refused(run: TuneResult) -> None:
 @pytest.mark.parametrize("method", ["qlora", "dora"])
 def test_recomputed_activations_give_the_same_gradients(method: str) -> None:
     found = []
-    for asked in ("false", "true"):
-        settings = ["method.lora_dropout=0.1", f"train.gradient_checkpointing={asked}", "data.path=x"]
+    policies: tuple[Policy, ...] = ("nothing", "cheap", "feed_forward", "everything")
+    for policy in policies:
+        settings = ["method.lora_dropout=0.1", "data.path=x"]
         recipe = make_recipe({"model": "sprout", "method": method}, ["model.quantization=nf4", *settings])
         model, _ = load_base(recipe.model)
         torch.manual_seed(0)
@@ -125,15 +126,16 @@ def test_recomputed_activations_give_the_same_gradients(method: str) -> None:
         with torch.no_grad():
             for parameter in adapters.parameters("default"):
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        assert use_checkpointing(model, recipe).policy == ("recompute" if asked == "true" else "keep")
         torch.manual_seed(1)
         ids = torch.randint(5, 500, (2, 32))
         model.train()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with recomputing(model, policy):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients = [item.grad for item in adapters.parameters("default") if item.grad is not None]
         assert len(gradients) == len(adapters.named_parameters("default"))
         found.append(gradients)
-    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*found, strict=True))
+    for others in found[1:]:
+        assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(found[0], others, strict=True))
 
 
 def test_an_optimizer_without_its_package_stops_before_anything(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ SWITCH = "GRAFT_NATIVE"
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC")
 _SECONDS = 120
+_INCLUDE = re.compile(rb'^#include "([a-z_]+\.h)"$', re.MULTILINE)
 
 
 def is_switched_off() -> bool:
@@ -52,7 +54,7 @@ def build(source: Path, *, threads: bool) -> Path:
     """The shared library of `source`, compiled unless it is there already.
 
     Args:
-        source: one C file that needs no other.
+        source: one C file. What it includes in quotes lies beside it.
         threads: OpenMP where the compiler is GCC. Its runtime is not linked in: the process must have
             loaded one for everybody, as torch does.
 
@@ -63,7 +65,7 @@ def build(source: Path, *, threads: bool) -> Path:
     flags, target = _target(compiler)
     if threads and b"__clang__" not in target:
         flags = (*flags, "-fopenmp")
-    content = source.read_bytes()
+    content = _with_includes(source)
     key = _digest(b"\0".join([content, " ".join(flags).encode(), target]))
     name = f"{source.stem}-{key}"
     return _cached(folder, name) or _compile(compiler, flags, content, folder / name)
@@ -110,6 +112,15 @@ def _target(compiler: str) -> tuple[tuple[str, ...], bytes]:
         if asked.returncode == 0:
             return flags, asked.stdout
     raise _failed(compiler, asked)
+
+
+def _with_includes(source: Path) -> bytes:
+    """The text of a C file, with those it includes in quotes in their places."""
+
+    def text(found: re.Match[bytes]) -> bytes:
+        return _with_includes(source.parent / os.fsdecode(found[1]))
+
+    return _INCLUDE.sub(text, source.read_bytes())
 
 
 def _cached(folder: Path, name: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,10 +21,12 @@ WIDTH_STEP = 64
 class Batch:
     """One micro-batch of B rows and T tokens.
 
-    inputs: arguments of the model: `input_ids` [B, T] and `attention_mask`; when packed also
+    inputs: arguments of the model: `input_ids` [B, T], and `attention_mask` [B, T], or when packed
     `position_ids` [B, T]. labels: [B, T], unshifted, -100 where there is nothing to learn.
     target_tokens: labels that count (none is at position 0 of a document, so shifting loses none).
-    real_tokens: tokens that are no padding. rows: the numbers of the rows in it.
+    real_tokens: tokens that are no padding. rows: the numbers of the rows in it. documents: how many tokens
+    each document has that lies in each row, from its left; nothing where that is not known.
+    `graftlm.data.forms.for_attention` gives the form that a model's attention reads.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -32,25 +34,23 @@ class Batch:
     target_tokens: int
     real_tokens: int
     rows: tuple[int, ...]
+    documents: tuple[tuple[int, ...], ...] = ()
 
 
 class Batches:
     """The micro-batches of every epoch.
 
-    Packed (`packing=True`): whole rows lie side by side in windows of `max_length` tokens without seeing
-    each other. `position_ids` start at 0 in every document, and `attention_mask` is a **boolean** 4-D mask
-    [B, 1, T, T], True where a query (row) may attend to a key (column): causal, block-diagonal;
-    padding attends to itself only, so that no row of a softmax is empty.
-
-    What holds for that mask: with `attn_implementation="sdpa"` the loss of a document in a window
-    equals its loss alone, up to rounding (Llama and GPT-2 architectures, tested). `"eager"` *adds* the mask
-    to the scores, so that a boolean one has no effect and documents silently see each other: use
-    `for_attention(batch, "eager", dtype)`, which makes it additive. Flash and flex attention take no
-    such mask; `for_attention` leaves it out and `position_ids` tell the documents apart, which
-    needs `use_cache=False`. A 4-D mask replaces a model's sliding window; that changes nothing while
-    `max_length` is not larger than that window.
+    Packed (`packing=True`): whole rows lie side by side in windows of `max_length` tokens. `position_ids`
+    start at 0 in every document, and `documents` says where each ends; what keeps them from seeing each other
+    depends on the model's attention, and is put in place by `graftlm.data.forms.for_attention`.
 
     Unpacked: rows are padded on the right, 2-D `attention_mask` [B, T], no `position_ids`.
+
+    What holds for both, with `attn_implementation` "sdpa", "eager" or Graft's own: the loss of a document
+    equals its loss alone, up to rounding (Llama and GPT-2 architectures, tested). A 4-D mask, which the first
+    two get for packed windows, replaces a model's sliding window; that changes nothing while `max_length` is
+    not larger than that window. Flash and flex attention find documents by their positions, which needs
+    `use_cache=False`.
 
     Padding is -100 in the labels and 0 in the mask *by position*, so the pad token may equal a
     trained end token.
@@ -102,6 +102,12 @@ class Batches:
         settings = (self._rows_per_batch, self._max_length, self._packing, self._seed, self._pad)
         return hashlib.sha256(f"{self._content}{settings}".encode()).hexdigest()
 
+    @property
+    def most_tokens(self) -> int:
+        """What no micro-batch exceeds, padding included."""
+        longest = max(len(row.input_ids) for row in self._encoded)
+        return self._rows_per_batch * (self._max_length if self._packing else longest)
+
     def count(self, epoch: int) -> int:
         """Micro-batches of that epoch (the same in every epoch)."""
         return -(-len(self._plan(epoch)) // self._rows_per_batch)
@@ -147,26 +153,6 @@ class Batches:
         return self._plans[epoch]
 
 
-def for_attention(batch: Batch, implementation: str, dtype: torch.dtype) -> Batch:
-    """The batch as this attention implementation of `transformers` needs it.
-
-    `sdpa` takes the boolean mask as it is; `eager` gets an additive one (0 or the smallest number of
-    `dtype`); every other gets none, and finds the documents by `position_ids`. Batches without
-    a 4-D mask are returned unchanged.
-    """
-    mask = batch.inputs.get("attention_mask")
-    if mask is None or mask.ndim != 4 or implementation == "sdpa":
-        return batch
-    inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
-    if implementation == "eager":
-        inputs["attention_mask"] = (
-            torch.zeros(mask.shape, dtype=dtype)
-            .masked_fill_(~mask.cpu(), torch.finfo(dtype).min)
-            .to(mask.device)
-        )
-    return replace(batch, inputs=inputs)
-
-
 def _mix(seed: int, epoch: int) -> int:
     digest = hashlib.sha256(f"graft batches {seed} {epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1  # torch takes 63 bits
@@ -186,23 +172,17 @@ def _packed(windows: list[list[Encoded]], pad: int, max_length: int) -> Batch:
     ids = torch.full(shape, pad, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
-    # Document number per token; padding gets numbers of its own, one per token.
-    documents = torch.arange(width).neg().sub(1).repeat(len(windows), 1)
     real = 0
     for line, window in enumerate(windows):
         start = 0
-        for number, row in enumerate(window):
+        for row in window:
             stop = start + len(row.input_ids)
             ids[line, start:stop] = torch.tensor(row.input_ids)
             labels[line, start + 1 : stop] = torch.tensor(row.labels[1:], dtype=torch.long)
             positions[line, start:stop] = torch.arange(stop - start)
-            documents[line, start:stop] = number
             start = stop
         real += start
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    mask = same.tril_().unsqueeze(1)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return _batch(inputs, labels, real, windows)
+    return _batch({"input_ids": ids, "position_ids": positions}, labels, real, windows)
 
 
 def _padded(windows: list[list[Encoded]], pad: int) -> Batch:
@@ -217,11 +197,13 @@ def _padded(windows: list[list[Encoded]], pad: int) -> Batch:
         labels[line, 1:stop] = torch.tensor(row.labels[1:], dtype=torch.long)
         mask[line, :stop] = 1
     real = sum(len(row.input_ids) for row in rows)
-    return _batch({"input_ids": ids, "attention_mask": mask}, labels, real, windows)
+    return _batch({"input_ids": ids, "attention_mask": mask}, labels, real, [[row] for row in rows])
 
 
 def _batch(
     inputs: dict[str, torch.Tensor], labels: torch.Tensor, real: int, windows: list[list[Encoded]]
 ) -> Batch:
     targets = int((labels != IGNORED).sum())
-    return Batch(inputs, labels, targets, real, tuple(row.row for window in windows for row in window))
+    rows = tuple(row.row for window in windows for row in window)
+    documents = tuple(tuple(len(row.input_ids) for row in window) for window in windows)
+    return Batch(inputs, labels, targets, real, rows, documents)

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from graftlm.core.errors import DataError, ModelError
+from graftlm.data.batches import Batch
+from graftlm.data.forms import DOCUMENTS, flat
 from graftlm.evaluation.rows import IGNORED, TokenRow, target_count
 from graftlm.models.generate import Progress, StopFlag, context_length, evaluation_mode, input_device
+from graftlm.objectives.sft import attention_of
 
 _LOGIT_BYTES = 64 * 2**20  # fp32 logits alive at a time
 _FULL_LOGIT_BYTES = 256 * 2**20  # where a model gives only full logits: of how many rows at a time
@@ -141,7 +145,7 @@ class _Measure:
         ids, mask, labels = _pad(rows, input_device(self.model))
         targets = labels[:, 1:]
         if not self.why_full:
-            hidden = self._hidden(ids, mask)
+            hidden = self._hidden(ids, mask, [len(row.input_ids) for row in rows])
             if hidden is not None:
                 return _sums(self._head, hidden[:, :-1], targets)
         return self._from_full_logits(ids, mask, targets)
@@ -160,25 +164,31 @@ class _Measure:
         logits: Tensor = head(hidden)
         return logits
 
-    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+    def _hidden(self, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor | None:
         """The head's inputs [rows, length, width]; None once the logits turn out not to be `head(hidden)`.
 
         The model itself is called, for the last position's logits only, and every batch compares them
-        with the head applied by hand: logit scaling, soft caps and the like cannot slip through.
+        with the head applied by hand: logit scaling, soft caps and the like cannot slip through. Where its
+        attention takes documents, it reads the rows without their padding.
         """
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        is_flat = attention_of(self.model) == DOCUMENTS
+        if is_flat:
+            inputs = flat(Batch(inputs, ids, 0, 0, (), tuple((length,) for length in lengths))).inputs
         seen: list[Any] = []
         handle = self.model.base_model.register_forward_hook(
             lambda _module, _inputs, output: seen.append(output)
         )
         try:
-            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            output = self.model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
-        hidden: Tensor = seen[-1][0][:, -ids.shape[1] :]  # virtual tokens, if any, stand before
+        tokens = inputs["input_ids"].shape[1]
+        hidden: Tensor = seen[-1][0][:, -tokens:]  # virtual tokens, if any, stand before
         by_hand = self._head(hidden[:, -1:])
         expected = output.logits[:, -1:]
         if by_hand.shape == expected.shape and torch.allclose(by_hand, expected, rtol=1e-3, atol=1e-3):
-            return hidden
+            return pad_sequence(list(hidden[0].split(lengths)), batch_first=True) if is_flat else hidden
         self.why_full = "its logits are not the output embeddings of its last hidden state"
         return None
 

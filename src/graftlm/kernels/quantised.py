@@ -12,17 +12,40 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from graftlm.kernels import decoding, quantised_cpu, quantised_cuda
+from graftlm.kernels import decoding, fp8_products, quantised_cpu, quantised_cuda
 from graftlm.kernels.ops import LIBRARY
 
 STORED = "Tensor[] stored, str kind, int block, int rows, int columns"
 LIBRARY.define(f"decode({STORED}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"quantised_linear(Tensor x, {STORED}, Tensor? bias) -> Tensor")
 LIBRARY.define(f"quantised_linear_backward(Tensor grad, {STORED}) -> Tensor")
-for _name in ("decode", "quantised_linear", "quantised_linear_backward"):
-    LIBRARY.impl(_name, getattr(decoding, _name), "CompositeExplicitAutograd")
-    LIBRARY.impl(_name, getattr(quantised_cpu, _name), "CPU")
-    LIBRARY.impl(_name, getattr(quantised_cuda, _name), "CUDA")
+LIBRARY.define(f"quantised_linear_accumulate(Tensor(a!) out, Tensor grad, {STORED}) -> ()")
+for _forms, _key, _multiply in (
+    (decoding, "CompositeExplicitAutograd", fp8_products.multiply_as_defined),
+    (quantised_cpu, "CPU", fp8_products.multiply_in_8_bits),
+    (quantised_cuda, "CUDA", fp8_products.multiply_in_8_bits),
+):
+    LIBRARY.impl("decode", _forms.decode, _key)
+    LIBRARY.impl("quantised_linear", fp8_products.by_kind(_forms.quantised_linear, _multiply), _key)
+    _backward = fp8_products.backward_by_kind(_forms.quantised_linear_backward, _multiply)
+    LIBRARY.impl("quantised_linear_backward", _backward, _key)
+
+
+def _accumulate(
+    out: Tensor, grad: Tensor, stored: Sequence[Tensor], kind: str, block: int, rows: int, columns: int
+) -> None:
+    """`out += grad W`, the gradient of the input where other layers have one too. Shapes: [T, columns]."""
+    out += torch.ops.graft.quantised_linear_backward(grad, stored, kind, block, rows, columns)
+
+
+LIBRARY.impl("quantised_linear_accumulate", _accumulate, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "quantised_linear_accumulate",
+    fp8_products.accumulate_by_kind(
+        quantised_cpu.quantised_linear_accumulate, fp8_products.multiply_in_8_bits
+    ),
+    "CPU",
+)
 
 
 @torch.library.register_fake("graft::decode", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -50,6 +73,13 @@ def _backward_shape(
     grad: Tensor, stored: Sequence[Tensor], kind: str, block: int, rows: int, columns: int
 ) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
+
+
+@torch.library.register_fake("graft::quantised_linear_accumulate", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _accumulate_shape(
+    out: Tensor, grad: Tensor, stored: Sequence[Tensor], kind: str, block: int, rows: int, columns: int
+) -> None:
+    return None
 
 
 def _forward(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.kernels import decoding
 from graftlm.kernels.buffers import borrowed
-from graftlm.kernels.native.call import reader
+from graftlm.kernels.native.call import Reader, reader
 
 PIECE = 2**21
 """Values of the weight that are dense at a time: 4 MiB of 16 bits."""
@@ -74,11 +74,29 @@ def quantised_linear_backward(
     if weight is None:
         return decoding.quantised_linear_backward(grad, stored, kind, block, rows, columns)
     out = grad.new_empty(len(grad), columns)
-    for part in _pieces(columns, rows):
-        dense = borrowed(rows * len(part), grad.dtype).view(rows, len(part))
-        weight.read(dense, range(rows), part)
-        torch.mm(grad, dense, out=out[:, part.start : part.stop])
+    for part, dense in _columns(weight, grad.dtype):
+        torch.mm(grad, dense, out=out[:, part])
     return out
+
+
+def quantised_linear_accumulate(
+    out: Tensor, grad: Tensor, stored: Sequence[Tensor], kind: str, block: int, rows: int, columns: int
+) -> None:
+    """`out += grad W`, a piece at a time."""
+    weight = reader(stored, kind, block, rows, columns, grad.dtype)
+    if weight is None:
+        out += decoding.quantised_linear_backward(grad, stored, kind, block, rows, columns)
+        return
+    for part, dense in _columns(weight, grad.dtype):
+        out[:, part].addmm_(grad, dense)
+
+
+def _columns(weight: Reader, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of the weight, read into one buffer again and again."""
+    for part in _pieces(weight.columns, weight.rows):
+        dense = borrowed(weight.rows * len(part), dtype).view(weight.rows, len(part))
+        weight.read(dense, range(weight.rows), part)
+        yield slice(part.start, part.stop), dense
 
 
 def _pieces(count: int, width: int) -> Iterator[range]:

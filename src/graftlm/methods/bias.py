@@ -38,7 +38,11 @@ class BiasShift(LayerAdapter):
         self.origin: Tensor
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (self.bias - self.origin.to(self.bias.dtype)).to(y.dtype)
+        return y + self.change().to(y.dtype)
+
+    def change(self) -> Tensor:
+        """What is added to every output."""
+        return self.bias - self.origin.to(self.bias.dtype)
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         return {"bias": self.bias.detach().to(dense["bias"].dtype)}

@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.kernels.ops import dora_add, row_products
+from graftlm.kernels.adapted import Adapted, Frozen, Given, adapted_linears
+from graftlm.kernels.ops import row_products
 from graftlm.methods.base import Dense, Part, SiteAdapter
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
+from graftlm.quant.frozen import frozen
 from graftlm.quant.weights import WeightHandle
 
 
@@ -38,21 +40,21 @@ class DoraLinear(SiteAdapter):
         self.magnitude = nn.Parameter(lengths(*row_products(weight, a), a, b, lora.scaling))
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        lora, y = self.lora, base(x, *args, **kwargs)
+        y, bias = base(x, *args, **kwargs), getattr(base, "bias", None)
+        layer = Given(y, None if bias is None else bias.detach().to(y.dtype))
+        y = adapted_linears(x.to(y.dtype), [self._change_of(layer, base)])[0]
+        return y if self.lora.shift is None else self.lora.shift.post(x, y)
+
+    def adapted(self, base: nn.Module, x: Tensor) -> Adapted | None:
+        layer = frozen(base, x) if self.lora.shift is None else None
+        return None if layer is None else self._change_of(layer, base)
+
+    def _change_of(self, layer: Frozen | Given, base: nn.Module) -> Adapted:
+        lora = self.lora
         a, b = lora.factors()
-        bias = getattr(base, "bias", None)
         squares, products = self._rows.products(WeightHandle(base), a)
-        y = dora_add(
-            y,
-            x.to(y.dtype),
-            a,
-            b,
-            gain(self.magnitude, lengths(squares, products, a, b, lora.scaling)),
-            None if bias is None else bias.detach().to(y.dtype),
-            scale=lora.scaling,
-            dropout=lora.dropout if self.training else 0.0,
-        )
-        return y if lora.shift is None else lora.shift.post(x, y)
+        lengthened = gain(self.magnitude, lengths(squares, products, a, b, lora.scaling))
+        return Adapted(layer, a, b, lora.scaling, lora.dropout if self.training else 0.0, lengthened)
 
     def saved(self) -> dict[str, Tensor]:
         return _saved(self.lora, self.magnitude)

@@ -16,6 +16,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from graftlm.core.errors import TargetError
+from graftlm.kernels.gain import with_gain
 from graftlm.methods import targets
 from graftlm.methods.base import Dense, Layer, LayerAdapter, Maker, SiteAdapter
 from graftlm.methods.families import is_linear, roles_of, shape_of
@@ -137,32 +138,4 @@ def scaled(x: Tensor, factors: Tensor) -> Tensor:
     is_narrow = torch.promote_types(x.dtype, factors.dtype) != x.dtype
     if not is_narrow or torch.compiler.is_compiling():  # a compiler chooses by itself what to keep
         return (x * factors).to(x.dtype)
-    product: Tensor = _Scaled.apply(x, factors)  # type: ignore[no-untyped-call]
-    return product
-
-
-class _Scaled(torch.autograd.Function):
-    """For narrow `x`: plain autograd would keep it widened to float32; this keeps `x`, if factors train.
-
-    The factors' gradient needs the unscaled tensor. Dividing the scaled one would spare it where a later
-    operation keeps that, but fails where a factor is 0 and doubles the rounding elsewhere.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, factors: Tensor) -> Tensor:
-        return (x * factors).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, factors = inputs
-        ctx.save_for_backward(factors, *([x] if ctx.needs_input_grad[1] else []))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
-        factors, *kept = ctx.saved_tensors
-        wide = grad.to(torch.promote_types(grad.dtype, factors.dtype))
-        grad_x = (wide * factors).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        if not kept:
-            return grad_x, None
-        return grad_x, (wide * kept[0]).flatten(0, -2).sum(0).to(factors.dtype)
+    return with_gain(x, factors)

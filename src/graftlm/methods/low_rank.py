@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core.errors import MergeError
-from graftlm.kernels.ops import low_rank_add
+from graftlm.kernels.adapted import Adapted, Frozen, Given, adapted_linears
 from graftlm.methods.base import Dense, LayerAdapter
 from graftlm.methods.bias import BiasShift
 from graftlm.methods.starts.initialise import Origin, start, start_of_table
+from graftlm.quant.frozen import frozen
 
 
 class LoraLinear(LayerAdapter):
@@ -62,12 +63,22 @@ class LoraLinear(LayerAdapter):
         super().load_saved(tensors)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+        return adapted_linears(x.to(y.dtype), [self._change_of(Given(y))])[0]
+
+    def adapted(self, base: nn.Module, x: Tensor) -> Adapted | None:
+        layer = frozen(base, x) if type(self) is LoraLinear else None
+        return None if layer is None else self._change_of(layer)
+
+    def _change_of(self, layer: Frozen | Given) -> Adapted:
         a, b = self.factors()
-        y = low_rank_add(y, x.to(y.dtype), a, b, scale=self.scaling, dropout=dropout)
-        if self.lora_B_bias is not None:
-            y = y + (self.scaling * self.lora_B_bias).to(y.dtype)
-        return y if self.shift is None else self.shift.post(x, y)
+        dropout = self.dropout if self.training else 0.0
+        return Adapted(layer, a, b, self.scaling, dropout, shift=self._shift())
+
+    def _shift(self) -> Tensor | None:
+        """What is added to every output."""
+        own = None if self.lora_B_bias is None else self.scaling * self.lora_B_bias
+        of_bias = None if self.shift is None else self.shift.change()
+        return own if of_bias is None else of_bias if own is None else own + of_bias
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         weight = dense["weight"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
+from graftlm.kernels.adapted import Adapted, adapted_linears
 from graftlm.methods.base import LayerAdapter, SiteAdapter, WeightAdapter
 from graftlm.methods.place import Place, Route
 from graftlm.quant.weights import Held, WeightHandle
@@ -32,11 +33,21 @@ class Site(Place):
         x, *rest = args or (kwargs.pop(self._input_name),)  # attention is called by keywords only
         if self.route is not None and self.is_enabled:
             return self._routed(self.route, x, *rest, **kwargs)
+        one = None if rest or kwargs else self.adapted(x)
+        if one is not None:
+            return adapted_linears(x, [one])[0]
         adapters = [self.adapter(name) for name in self.shown]
         if len(adapters) == 1 and not self.originals:
             return adapters[0](self.base_layer, x, *rest, **kwargs)
         compose = self._summed if self.composition == "sum" else self._stacked
         return compose(adapters, x, *rest, **kwargs)
+
+    def adapted(self, x: Tensor) -> Adapted | None:
+        """What `forward` computes of x as one product (`kernels.adapted`), where it is one: the layer as it
+        came, and a single adapter of a kind that can be part of it."""
+        if len(self.shown) != 1 or self.originals or (self.route is not None and self.is_enabled):
+            return None
+        return self.adapter(self.shown[0]).adapted(self.base_layer, x)
 
     def adapter(self, name: str) -> SiteAdapter:
         """The part of the adapter of that name."""

@@ -6,9 +6,10 @@ misshapen or left over are never passed over in silence.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,47 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from graftlm.core.config import suggest
 from graftlm.core.errors import ModelError
 from graftlm.core.notices import notice
 from graftlm.models.architecture import concrete, family_of, generation_config
 from graftlm.models.bars import no_bars
 from graftlm.models.footprint import footprint
+from graftlm.models.load_faults import (
+    check_loaded,
+    check_vocabulary,
+    first_sentence,
+    nothing_quantised,
+    unreachable,
+)
 from graftlm.models.locate import Location, check_tokenizer, locate
 from graftlm.models.padding import ensure_padding
 from graftlm.models.precision import AUTO, check_dtype, choose_device, choose_dtype
 from graftlm.models.quantised_load import Progress, load_quantised
-from graftlm.models.sprout import SPROUT
 from graftlm.models.stored_scheme import SIXTEEN_BIT, check_head, require_equal, stored_kind
+from graftlm.models.streamed import DISK, HOST, RESIDENT, check_placement, placement_of
+from graftlm.models.streamed_disk import load_from_disk, stream_from_disk
+from graftlm.models.streamed_host import stream_from_host
 from graftlm.models.tensor_files import read_headers
 from graftlm.models.weight_files import weight_files
 from graftlm.quant.convert import quantised_layers
 from graftlm.quant.embedding import quantise_embeddings
 from graftlm.quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is to be loaded, as far as it is decided before a weight is read."""
+
+    family: Any
+    config: Any
+    dtype: torch.dtype
+    scheme: Scheme | None
+    """What to quantise to."""
+    is_stored_packed: bool
+
+    @property
+    def is_packed(self) -> bool:
+        return self.is_stored_packed or self.scheme is not None
 
 
 def load_model(
@@ -44,6 +69,7 @@ def load_model(
     double_quant: bool = True,
     head: str = SIXTEEN_BIT,
     device: str | torch.device = AUTO,
+    placement: str = RESIDENT,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load the base `name` and its tokenizer, ready for adapters.
@@ -57,6 +83,8 @@ def load_model(
         double_quant: whether the scales of a 4-bit kind are quantised as well.
         head: `"int8"` or `"fp8"` also store the embeddings and the output head of a quantised base in 8 bits.
         device: `"auto"` is the first GPU, else the CPU.
+        placement: where layers lie while a pass does not need them: `"resident"`, all in memory; `"disk"`, in
+            the checkpoint's files (CPU); `"host"`, in the machine's memory (GPU).
         progress: called with (bytes read, bytes in all) while a quantised base is loaded.
 
     Returns:
@@ -64,12 +92,13 @@ def load_model(
 
     Raises:
         ModelError: what was named cannot be loaded as a causal or sequence-to-sequence model.
-        ConfigError: an unknown dtype or quantization.
+        ConfigError: an unknown dtype, quantization or placement.
     """
     scheme = None if quantization in (None, "none") else Scheme.parse(quantization, double_quant=double_quant)
     check_dtype(dtype)
     check_head(head)
     where = choose_device(device)
+    check_placement(placement, where)
     location = locate(name)
     with _quiet(location):
         config = _load_config(location)
@@ -79,19 +108,36 @@ def load_model(
         tokenizer = _load_tokenizer(location, config)
         family = family_of(config, location.name)
         chosen = choose_dtype(dtype, stored=_stored_dtype(location, config), device=where, name=location.name)
-        if scheme is None and stored is None:
-            model = _load_dense(location, family, chosen)
+        kind = _Kind(family, config, chosen, scheme if stored is None else None, stored is not None)
+        if placement == DISK:
+            model = _load_streamed(location, kind)
+        elif kind.is_packed:
+            model = _load_packed(location, kind, "cpu" if placement == HOST else where, progress)
         else:
-            scheme = scheme if stored is None else None
-            options = {"dtype": chosen, "device": where, "progress": progress}
-            model = _load_packed(location, family, config, scheme, **options)
+            model = _load_dense(location, kind)
+        if kind.is_packed:
             if head != SIXTEEN_BIT:
                 quantise_embeddings(model, head)
             notice(f"{location.name}: {footprint(model)}.")
+    _finish(location, model, tokenizer)
+    return _placed(model, where, placement, location.name), tokenizer
+
+
+def _finish(location: Location, model: Any, tokenizer: Any) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = location.name  # what adapters will say they belong to: never a path of ours
-    _check_vocabulary(location, model, tokenizer)
-    return model.to(where), tokenizer
+    check_vocabulary(location, model, tokenizer)
+
+
+def _placed(model: Any, device: torch.device, placement: str, name: str) -> Any:
+    """The model on its device, its layers where they are to lie."""
+    if placement == HOST:
+        stream_from_host(model, device, name)
+    else:
+        model = model.to(device)
+    if placement != RESIDENT:
+        notice(f"{placement_of(model)[1]}.")
+    return model
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -109,10 +155,10 @@ def _load_config(location: Location) -> Any:
     try:
         config = AutoConfig.from_pretrained(location.reference, trust_remote_code=False)
     except OSError as error:
-        raise _unreachable(location, error) from None
+        raise unreachable(location, error) from None
     except ValueError as error:
         raise ModelError(
-            f"{location.name} is not a model that transformers knows: {_first_sentence(error)}",
+            f"{location.name} is not a model that transformers knows: {first_sentence(error)}",
             meaning="Its architecture is newer than the installed transformers, needs code of its own "
             "(which Graft never runs), or config.json is damaged.",
             fix="pip install --upgrade transformers, or choose another base.",
@@ -127,7 +173,7 @@ def _load_tokenizer(location: Location, config: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(location.reference, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"The tokenizer of {location.name} cannot be loaded: {_first_sentence(error)}",
+            f"The tokenizer of {location.name} cannot be loaded: {first_sentence(error)}",
             meaning="Its files are incomplete, or it needs a package that is not installed.",
             fix="Copy or download tokenizer.json of this model; sentencepiece models also need "
             "pip install sentencepiece.",
@@ -150,11 +196,11 @@ def _stored_dtype(location: Location, config: Any) -> torch.dtype:
     return torch.float32
 
 
-def _load_dense(location: Location, family: Any, dtype: torch.dtype) -> Any:
+def _load_dense(location: Location, kind: _Kind) -> Any:
     try:
-        model, info = family.from_pretrained(
+        model, info = kind.family.from_pretrained(
             location.reference,
-            dtype=dtype,
+            dtype=kind.dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -167,94 +213,38 @@ def _load_dense(location: Location, family: Any, dtype: torch.dtype) -> Any:
             fix="Delete this model from the hub cache and load it again.",
         ) from None
     except OSError as error:
-        raise _unreachable(location, error) from None
-    _check_loaded(location, info)
+        raise unreachable(location, error) from None
+    check_loaded(location, info)
     return model
 
 
-def _load_packed(location: Location, family: Any, config: Any, scheme: Scheme | None, **options: Any) -> Any:
+def _load_packed(
+    location: Location, kind: _Kind, device: str | torch.device, progress: Progress | None
+) -> Any:
+    load = partial(load_quantised, device=torch.device(device), progress=progress)
+    return _load_by_tensor(location, kind, load)[0]
+
+
+def _load_streamed(location: Location, kind: _Kind) -> Any:
+    load = partial(load_from_disk, packed=kind.is_stored_packed, name=location.name)
+    model, info = _load_by_tensor(location, kind, load)
+    stream_from_disk(model, info["places"], location.name)
+    return model
+
+
+def _load_by_tensor(location: Location, kind: _Kind, load: Any) -> tuple[Any, dict[str, Any]]:
+    """What `load` gives, checked: the model, and what is known of the loading."""
     try:
         tensors = read_headers(weight_files(location))
         with no_bars():
-            model, info = load_quantised(*concrete(family, config), tensors, scheme, **options)
-        _check_loaded(location, info)
-        if not quantised_layers(model):
-            raise _nothing_quantised(location, was_stored=scheme is None)
+            model, info = load(*concrete(kind.family, kind.config), tensors, kind.scheme, dtype=kind.dtype)
+        check_loaded(location, info)
+        if kind.is_packed and not quantised_layers(model):
+            raise nothing_quantised(location, was_stored=kind.is_stored_packed)
         model.generation_config = generation_config(location.reference)
     except OSError as error:
-        raise _unreachable(location, error) from None
-    return model
-
-
-def _check_loaded(location: Location, info: dict[str, Any]) -> None:
-    problems = [f"{key}: missing from the checkpoint" for key in sorted(info["missing_keys"])]
-    for key, stored, wanted in sorted(info["mismatched_keys"]):
-        problems.append(f"{key}: stored as {list(stored)}, the model has {list(wanted)}")
-    problems += [str(message) for message in info.get("error_msgs", [])]
-    if problems:
-        raise ModelError(
-            f"The weights of {location.name} do not fill its model ({len(problems)} faults).",
-            problems=problems[:20],
-            meaning="config.json and the weight files belong to different models, or a file is missing; "
-            "loading anyway would leave random values in the base.",
-            fix="Copy or download config.json and all *.safetensors of one model.",
-        )
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected:
-        shown = ", ".join(unexpected[:3]) + (" ..." if len(unexpected) > 3 else "")
-        notice(f"{location.name} holds {len(unexpected)} tensors that its model does not use: {shown}")
-
-
-def _check_vocabulary(location: Location, model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        notice(
-            f"The tokenizer of {location.name} has {len(tokenizer)} tokens, its embedding {rows} rows: "
-            "text with the tokens beyond cannot be used."
-        )
-
-
-def _nothing_quantised(location: Location, *, was_stored: bool) -> ModelError:
-    if was_stored:
-        return ModelError(
-            f"{location.name} holds no quantised weight, though its config.json says that it is quantised.",
-            meaning="The weights were replaced by dense ones.",
-            fix="Remove quantization_config from its config.json, or copy the quantised weights again.",
-        )
-    return ModelError(
-        f"{location.name} has no linear layer that can be quantised.",
-        meaning="Its weights are of another kind, or all of them are kept in float32.",
-        fix="Load it without quantization.",
-    )
-
-
-def _unreachable(location: Location, error: OSError) -> ModelError:
-    if location.folder is not None:
-        return ModelError(
-            f"{location.folder} cannot be loaded: {_first_sentence(error)}",
-            meaning="A file of the model is missing or damaged.",
-            fix="Copy or download the model again.",
-        )
-    near = suggest(location.name, [SPROUT]) or "."
-    if "gated" in str(error):
-        meaning, fix = "Its publisher asks for an agreement.", "Agree on its page, then: hf auth login"
-    elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        meaning, fix = (
-            "HF_HUB_OFFLINE is set and the model is not in the cache.",
-            "Unset it, or give a folder.",
-        )
-    else:
-        meaning = "There is no such folder here, and the hub has no such model or cannot be reached."
-        fix = "Check the spelling and the network; 'sprout' needs neither."
-    return ModelError(
-        f"No model {location.name!r}{near}", meaning=f"{meaning} ({_first_sentence(error)})", fix=fix
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    head, separator, _ = text.partition(". ")
-    return (head + separator).strip()
+        raise unreachable(location, error) from None
+    return model, info
 
 
 @contextmanager

@@ -91,6 +91,6 @@ def advise_precision(dtype: torch.dtype, device: torch.device, *, parameters: in
         return
     if cpu_computes_bfloat16():
         notice(
-            f"{name} is stored in float32 and runs in it; this processor multiplies bfloat16 several times as "
-            "fast: model.dtype: bfloat16."
+            f"{name} is stored in float32 and runs in it; this processor multiplies bfloat16 several times "
+            "as fast: model.dtype: bfloat16."
         )

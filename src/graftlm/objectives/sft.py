@@ -15,14 +15,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.core.errors import ModelError
-from graftlm.data.batches import Batch, for_attention
+from graftlm.data.batches import Batch
+from graftlm.data.filled import filled
+from graftlm.data.forms import for_attention
 from graftlm.kernels.ops import linear_cross_entropy
+from graftlm.models.fusing.last_rows import only
 from graftlm.objectives.base import LossParts
 from graftlm.objectives.packed_head import packed_cross_entropy
 from graftlm.quant.embedding import packed_head
 
 LOGITS_PER_CHUNK = 2**24
 """Elements of logits that exist at a time: 64 MiB in float32."""
+
+MOST = 0.9
+"""Share of rows with a label from which on choosing them early gains nothing."""
 
 Path = Literal["frozen head", "packed head", "trained head", "full logits"]
 
@@ -34,17 +40,21 @@ class SftObjective:
         require_causal(model)
         self.path: Path
         self.path, self.why = choose_path(model)
+        self.tokens = 0
+        """What flat batches are filled up to (`data.filled`); 0: they stay as they are."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossParts:
         batch = for_attention(batch, attention_of(model), next(model.parameters()).dtype)
+        batch = filled(batch, self.tokens)
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
         rows = labels != -100
         if self.path == "full logits":
-            logits = model(**batch.inputs, use_cache=False).logits[rows]
-            loss = _chunked(_sum_of_cross_entropies, logits, labels[rows], logits.shape[-1])
+            logits = _rows(model(**batch.inputs, use_cache=False).logits, rows)
+            targets = labels[rows].to(logits.device, non_blocking=True)
+            loss = _chunked(_sum_of_cross_entropies, logits, targets, logits.shape[-1])
         else:
-            hidden = hidden_states(model, batch.inputs)[rows]
-            loss = self._head_loss(model, hidden, labels[rows])
+            hidden = _labelled(model, batch, rows)
+            loss = self._head_loss(model, hidden, labels[rows].to(hidden.device, non_blocking=True))
         return LossParts(loss, batch.target_tokens)
 
     def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -89,13 +99,30 @@ def choose_path(model: Any) -> tuple[Path, str]:
 
 def attention_of(model: Any) -> str:
     """The attention implementation that decides how documents in one window are kept apart."""
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "sdpa")
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    return str(getattr(config, "_attn_implementation", None) or "sdpa")
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Last hidden states of the backbone. Shape: [B, T, H]."""
     hidden: Tensor = model.base_model(**inputs, use_cache=False)[0]
     return hidden
+
+
+def _labelled(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+    """Hidden states of the rows with a label: [R, H]. The model may leave the others out at its end."""
+    if batch.target_tokens > MOST * rows.numel():
+        return _rows(hidden_states(model, batch.inputs), rows)
+    with only(rows) as wanted:
+        hidden = hidden_states(model, batch.inputs)
+    return hidden[0] if wanted.taken else _rows(hidden, rows)
+
+
+def _rows(values: Tensor, wanted: Tensor) -> Tensor:
+    """Those rows [R, N] of [B, T, N] that a boolean [B, T] names; where it is on the host, nobody waits."""
+    index = wanted.flatten().nonzero().flatten().to(values.device, non_blocking=True)
+    return values.flatten(0, 1).index_select(0, index)
 
 
 def rows_per_chunk(vocabulary: int) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.kernels.fp8_products import FP8_PRODUCTS
 from graftlm.kernels.quantised import quantised_linear
 from graftlm.quant.module import PackedModule
 from graftlm.quant.packed import PackedWeight
@@ -18,13 +19,20 @@ class QuantisedLinear(PackedModule):
         super().__init__(packed, dtype)
         self.out_features, self.in_features = packed.shape
         self.bias = bias
+        self.multiplies_in_fp8 = False
+        """Whether products are formed in 8 bits too, for a weight in `fp8` and for the time of a training."""
+
+    @property
+    def kind(self) -> str:
+        """What operators take as the kind of the weight: of its scheme, or `FP8_PRODUCTS`."""
+        return FP8_PRODUCTS if self.multiplies_in_fp8 else self.scheme.kind
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dense is not None:
             return F.linear(x, self.dense, self.bias)
         packed = self.packed
-        scheme = packed.scheme
-        return quantised_linear(x, packed.stored, scheme.kind, scheme.block_size, *packed.shape, self.bias)
+        block = packed.scheme.block_size
+        return quantised_linear(x, packed.stored, self.kind, block, *packed.shape, self.bias)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -86,7 +86,10 @@ class WeightHandle:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """Where the layer computes; its weight may be elsewhere for the time being, and says so then."""
+        computes_on: torch.device | None = getattr(self._layer, "computes_on", None)
+        if computes_on is not None:
+            return computes_on
         if self.is_packed:
             return self.stored.device
         return next(self.module.parameters()).device
@@ -161,9 +164,8 @@ class WeightHandle:
         if weight is not None:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if isinstance(self._layer, QuantisedLinear):
-            packed = self.packed
-            scheme = packed.scheme
-            return quantised_linear(x, packed.stored, scheme.kind, scheme.block_size, *packed.shape, bias)
+            packed, kind = self.packed, self._layer.kind
+            return quantised_linear(x, packed.stored, kind, packed.scheme.block_size, *packed.shape, bias)
         return functional_call(self.module, {} if bias is None else {"bias": bias}, (x,))
 
     def require_dense(self) -> None:

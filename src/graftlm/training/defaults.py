@@ -69,7 +69,14 @@ def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Re
     if "learning_rate" not in written:
         changes["learning_rate"] = rate_for(recipe.method.config, hidden_size)
         notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
-    if recipe.data.packing and not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+    is_free = not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if is_free and not recipe.data.packing:
+        passes = -(-ROWS_PER_STEP // max(1, TOKENS_PER_PASS // max(lengths, default=1)))
+        size = round(ROWS_PER_STEP / passes)
+        changes["per_device_train_batch_size"] = size
+        changes["gradient_accumulation_steps"] = passes
+        notes.append(f"{size * passes} rows per step, {size} at a time")
+    if is_free and recipe.data.packing:
         rows_per_window = max(1.0, recipe.data.max_length * len(lengths) / max(1, sum(lengths)))
         wanted = max(1, round(ROWS_PER_STEP / rows_per_window))
         passes = -(-wanted // max(1, TOKENS_PER_PASS // recipe.data.max_length))

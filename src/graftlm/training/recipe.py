@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from graftlm.core.config import Config, build, override, read_yaml
+from graftlm.methods.full import FullConfig
 from graftlm.methods.lora import LoraConfig
 from graftlm.training.method_section import LATER, QLORA, Method, MethodSection
+from graftlm.training.train_section import TrainSection
 
 SHORT = {"model": "name", "data": "path", "method": "type"}
 """What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
@@ -44,6 +46,12 @@ class ModelSection(Config):
     """Store the scales of `nf4` and `fp4` in 8 bits too: 4.13 bits per parameter, not 4.5."""
     compute_dtype: ComputeType = "bfloat16"
     """What a quantised base computes in, and what it keeps embeddings, norms and the output head in."""
+    products: Literal["16-bit", "fp8"] = "16-bit"
+    """How a base in `fp8` is multiplied: read into 16 bits, or in 8 bits (NVIDIA GPUs from Hopper on). Then
+    loss and gradients of the first batch must agree with those in 16 bits."""
+    placement: Literal["resident", "disk", "host"] = "resident"
+    """Where layers lie while a pass does not need them: in memory, in the checkpoint's files (`disk`, on a
+    CPU) or in the machine's memory (`host`, for a GPU)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,6 +66,10 @@ class ModelSection(Config):
     def _nothing_without_effect(self) -> Self:
         if self.quantization not in ("nf4", "fp4") and not self.double_quant:
             raise ValueError(f"double_quant has no effect with quantization: {self.quantization}")
+        if self.products == "fp8" and self.quantization != "fp8":
+            raise ValueError(
+                f"products: fp8 multiplies a base that is stored in fp8; quantization is {self.quantization}"
+            )
         if self.quantization == "none" and self.compute_dtype != "bfloat16":
             raise ValueError("compute_dtype belongs to a quantised base; write dtype")
         if self.quantization != "none" and self.dtype not in ("auto", self.compute_dtype):
@@ -109,60 +121,6 @@ class DataSection(Config):
         ):
             raise ValueError("eval_fraction has no effect beside eval_path; leave one of them out")
         return self
-
-
-class TrainSection(Config):
-    """The optimisation."""
-
-    aliases: ClassVar[Mapping[str, str]] = {
-        "lr": "learning_rate",
-        "epochs": "num_train_epochs",
-        "num_epochs": "num_train_epochs",
-        "iters": "max_steps",
-        "batch_size": "per_device_train_batch_size",
-        "micro_batch_size": "per_device_train_batch_size",
-        "grad_accumulation_steps": "gradient_accumulation_steps",
-        "lr_scheduler": "lr_scheduler_type",
-        "activation_checkpointing": "gradient_checkpointing",
-        "random_seed": "seed",
-        "optimizer": "optim",
-    }
-
-    num_train_epochs: float = Field(3, gt=0)
-    """Passes over the training rows."""
-    max_steps: int | None = Field(None, gt=0)
-    """Optimizer steps; wins over `num_train_epochs`."""
-    per_device_train_batch_size: int = Field(4, gt=0)
-    """Rows, or windows when packed, in one forward pass. Unwritten: fitted to 16 rows per step."""
-    gradient_accumulation_steps: int = Field(4, gt=0)
-    """Forward passes per optimizer step. Unwritten: fitted with the batch size."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """Highest learning rate. Unwritten: fitted to the width of the base."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Shape of the learning rate after warm-up."""
-    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(0.0, ge=0.0)
-    """On matrices only."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm; the norm before that is what the log shows."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """AdamW; `8bit`: its state in 8 bits, `paged`: in memory that a GPU can lend from the machine. Those need
-    bitsandbytes."""
-    loraplus_lr_ratio: float | None = Field(None, gt=0)
-    """Learning rate of B over that of A (arXiv 2402.12354); none: the same."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in backward; `auto`: if they would not fit in memory."""
-    save_steps: int = Field(100, gt=0)
-    """Optimizer steps between checkpoints."""
-    save_total_limit: int = Field(2, gt=0)
-    """Checkpoints kept besides the best one."""
-    eval_steps: int = Field(100, gt=0)
-    """Optimizer steps between measurements of the held-out loss."""
-    early_stopping_patience: int | None = Field(None, gt=0)
-    """Measurements without improvement after which the run stops and keeps its best step."""
-    seed: int = Field(42, ge=0)
-    """Of the hold-out, the order of rows, initialisation and dropout."""
 
 
 class EvalSection(Config):
@@ -233,6 +191,16 @@ class Recipe(Config):
             raise ValueError(
                 "method.type: qlora trains on a quantised base, and model.quantization is none; "
                 "choose nf4, fp4, int8 or fp8, or method.type: lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_streamed_base_is_not_copied(self) -> Self:
+        config = self.method.config
+        if self.model.placement != "resident" and isinstance(config, FullConfig) and config.parts == "all":
+            raise ValueError(
+                f"method.type: {self.method.type} trains a copy of every weight in memory, and "
+                f"model.placement: {self.model.placement} is for a base that does not fit there; choose lora, or leave it out"
             )
         return self
 

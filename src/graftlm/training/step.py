@@ -124,7 +124,10 @@ class _Done:
 
 
 def to_device(batch: B, device: torch.device) -> B:
-    """The batch with its tensors on `device`; copies to a GPU do not make the host wait."""
+    """The batch with its inputs on `device`; copies to a GPU do not make the host wait.
+
+    Labels stay on the host: which rows count is read off them there, without asking the device.
+    """
     if device.type == "cpu":
         return batch
 
@@ -133,7 +136,7 @@ def to_device(batch: B, device: torch.device) -> B:
         return source.to(device, non_blocking=True)
 
     inputs = {name: move(tensor) for name, tensor in batch.inputs.items()}
-    return dataclasses.replace(batch, inputs=inputs, labels=move(batch.labels))
+    return dataclasses.replace(batch, inputs=inputs)
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ def load_base(section: ModelSection, name: str | None = None) -> tuple[Any, Any]
             dtype=base_dtype(section),
             quantization=section.quantization,
             double_quant=section.double_quant,
+            placement=section.placement,
             progress=tick,
         )
     if section.dtype == AUTO:

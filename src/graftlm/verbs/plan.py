@@ -13,12 +13,14 @@ from graftlm.evaluation.report_data import SiteGroup
 from graftlm.formats.fingerprint import scheme_of
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.models.fusing.fused import Fusable
+from graftlm.models.streamed import RESIDENT, placement_of
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of, dtype_of, is_packed
 from graftlm.quant.weights import WeightHandle
-from graftlm.training.memory import RecomputeChoice, activation_bytes, choose_recompute, free_bytes
 from graftlm.training.recipe import Recipe
+from graftlm.training.recompute import RecomputeChoice
 from graftlm.training.timeline import Timeline
+from graftlm.verbs.acceleration import Acceleration
 from graftlm.verbs.dataset import Dataset
 
 
@@ -31,6 +33,9 @@ class Plan:
     dtype: str
     quantization: str
     """How the linear layers of the base are stored: `none`, or the kind and what belongs to it."""
+    placement: str
+    """Where the layers of the base lie while a pass does not need them."""
+    placement_why: str
     method: str
     trainable: int
     total: int
@@ -45,19 +50,27 @@ class Plan:
     loss_path: str
     loss_path_why: str
     fused: str
-    """Which elementwise parts run in one operator each while training."""
+    """Which parts of the model run a faster way while training, and why the others do not."""
     recompute: str
+    """What backward computes again instead of keeping it. A run that goes on reads it here."""
     recompute_why: str
+    activation_bytes: int
+    """Predicted for one micro-batch."""
+    acceleration: Acceleration
+    """Whether layers are compiled, and what FP8 products change: decisions with their numbers."""
+    free_bytes: int
+    """Free for activations, gradients and the optimizer when that was chosen."""
 
     @property
     def summary(self) -> str:
         """One line."""
         share = 100 * self.trainable / self.total
         base = "" if self.quantization == "none" else f" on a base in {self.quantization.split()[0]}"
+        placed = "" if self.placement == RESIDENT else f", its layers on {self.placement}"
         return (
             f"{self.method}: {self.trainable:,} trainable parameters ({share:.2f} %) in "
             f"{sum(group.count for group in self.sites)} modules, {self.steps:,} steps in {self.dtype} "
-            f"on {self.device}{base}"
+            f"on {self.device}{base}{placed}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,14 +86,18 @@ def make_plan(
     objective: SftObjective,
     recompute: RecomputeChoice,
     fusable: Fusable,
+    acceleration: Acceleration,
 ) -> Plan:
     """The plan of a run whose adapter is attached."""
     trainable, total = adapters.count_parameters()
+    placement, placement_why = placement_of(model)
     return Plan(
         base=recipe.model.name,
         device=str(device_of(model)),
         dtype=dtype_name(model),
         quantization=stored_as(model),
+        placement=placement,
+        placement_why=placement_why,
         method=recipe.method.summary,
         trainable=trainable,
         total=total,
@@ -96,6 +113,9 @@ def make_plan(
         fused=fusable.summary,
         recompute=recompute.policy,
         recompute_why=recompute.why,
+        activation_bytes=recompute.activation_bytes,
+        free_bytes=recompute.free_bytes,
+        acceleration=acceleration,
     )
 
 
@@ -130,32 +150,3 @@ def _shape(place: nn.Module) -> tuple[int, ...]:
         return WeightHandle(layer).shape
     weight = getattr(layer, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
-
-
-def use_checkpointing(model: Any, recipe: Recipe) -> RecomputeChoice:
-    """Switch activation checkpointing on if the recipe says so, or if memory asks for it; with the reason."""
-    choice = _recompute_choice(model, recipe)
-    if choice.policy == "recompute":
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return choice
-
-
-def _recompute_choice(model: Any, recipe: Recipe) -> RecomputeChoice:
-    config = model.config.get_text_config()
-    hidden = int(getattr(config, "hidden_size", 1024))
-    needed = activation_bytes(
-        tokens=recipe.train.per_device_train_batch_size * recipe.data.max_length,
-        hidden_size=hidden,
-        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        num_layers=int(getattr(config, "num_hidden_layers", 1)),
-        bytes_per_value=dtype_of(model).itemsize,
-    )
-    free = free_bytes(device_of(model))
-    asked = recipe.train.gradient_checkpointing
-    if asked == "auto":
-        return choose_recompute(needed, free)
-    return RecomputeChoice("recompute" if asked else "keep", needed, free, "the recipe says so")

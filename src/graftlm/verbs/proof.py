@@ -13,6 +13,7 @@ from graftlm.core.errors import MergeError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.merge_in_passing import merged_in_passing
 from graftlm.models.agreement import Agreement, agreement, logits_on
+from graftlm.models.streamed import streaming_of
 from graftlm.quant.convert import is_quantised
 
 RELOADED = "reloaded-to-compare"
@@ -79,7 +80,7 @@ def _merged(
     model: nn.Module, adapters: AdapterSet, probes: Sequence[Sequence[int]], into: str
 ) -> list[torch.Tensor]:
     """What the merged model says to the probes, or to the first of them; it is unmerged again."""
-    if into == DEQUANTISED:
+    if into == DEQUANTISED or streaming_of(model) is not None:  # merged as a whole, it would not fit
         with merged_in_passing(adapters):
             return logits_on(model, probes[:PROBES_MERGED_IN_PASSING])
     adapters.merge()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graftlm.data.batches import Batch, Batches, for_attention
+from graftlm.data.batches import Batch, Batches
+from graftlm.data.forms import for_attention
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import attach

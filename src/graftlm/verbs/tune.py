@@ -20,10 +20,9 @@ from graftlm.formats.layout import CONFIG
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.resolve import resolve
-from graftlm.models.fusing.fused import fusable, fused
 from graftlm.models.generate import context_length
 from graftlm.models.precision import AUTO, choose_device
-from graftlm.objectives.sft import SftObjective, require_causal
+from graftlm.objectives.sft import require_causal
 from graftlm.training.defaults import fitted, fitted_length, room_beside
 from graftlm.training.loop import TrainResult, train
 from graftlm.training.low_bit_optim import require_optimizer
@@ -32,6 +31,7 @@ from graftlm.training.progress_bar import progress_display
 from graftlm.training.recipe import Recipe
 from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
+from graftlm.verbs.acceleration import accelerated
 from graftlm.verbs.base import load_base
 from graftlm.verbs.dataset import Dataset, read_dataset
 from graftlm.verbs.measure import (
@@ -42,12 +42,14 @@ from graftlm.verbs.measure import (
     known_from_file,
     measure,
 )
-from graftlm.verbs.plan import dtype_name, make_plan, stored_as, use_checkpointing
+from graftlm.verbs.plan import dtype_name, make_plan, stored_as
 from graftlm.verbs.progress import say
 from graftlm.verbs.proof import prove
+from graftlm.verbs.recompute import policy_of_plan
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
 from graftlm.verbs.run_report import report_data
 from graftlm.verbs.start import attach_started
+from graftlm.verbs.step_setup import step_setup
 from graftlm.verbs.tune_result import Outcome, TuneResult, figures, lines
 
 NAME = "default"
@@ -166,21 +168,25 @@ class Tuning:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         adapters = attach_started(self.model, recipe.method.config, NAME, self.batches)
-        self.objective = SftObjective(self.model)
-        self.recompute = use_checkpointing(self.model, recipe)
-        self.fusable = fusable(self.model)
+        begun = policy_of_plan(self.folder.path / PLAN)
+        self.setup = step_setup(self.model, recipe, tokens=self.batches.most_tokens, started_with=begun)
+        trained, (_, total) = adapters.named_parameters(NAME), adapters.count_parameters()
+        self.setup, acceleration = accelerated(self.setup, recipe, self.batches, trained, total)
         self.plan = make_plan(
             recipe,
             self.model,
             adapters,
             self.dataset,
             self.batches,
-            self.objective,
-            self.recompute,
-            self.fusable,
+            self.setup.objective,
+            self.setup.recompute,
+            self.setup.fusable,
+            acceleration,
         )
         self.folder.write_json(PLAN, self.plan.as_dict())
         say(f"Method {self.plan.summary}")
+        say(f"       recomputed in backward: {self.setup.recompute.policy} ({self.setup.recompute.why})")
+        say(f"       layers {acceleration.compile.text}")
         return adapters
 
     def _train(self, adapters: AdapterSet) -> TrainResult:
@@ -188,10 +194,10 @@ class Tuning:
         fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
         parameters = adapters.named_parameters(NAME)
-        with fused(self.fusable):
+        with self.setup.in_use():
             return train(
                 self.model,
-                self.objective,
+                self.setup.objective,
                 self.batches,
                 parameters,
                 train_section,

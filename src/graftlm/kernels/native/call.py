@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftlm.core.compiling import build, is_switched_off
-from graftlm.core.errors import GraftError
-from graftlm.core.notices import notice
 from graftlm.kernels.codebooks import CODEBOOKS, codebook, dynamic_map
 from graftlm.kernels.decoding import SCALE_BLOCK, TILE, unit_of
+from graftlm.kernels.native.opening import opened
 
 SOURCE = Path(__file__).with_name("packed.c")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -66,14 +64,7 @@ class Reader:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None (and a notice, unless the user wanted none) where there cannot be any."""
-    if is_switched_off():
-        return None
-    try:
-        return load(build(SOURCE, threads=hasattr(ctypes.CDLL(None), "GOMP_parallel")))
-    except (GraftError, OSError) as error:
-        why = f"{error.seen} {error.fix}" if isinstance(error, GraftError) else str(error)
-        notice(f"Packed weights are read by plain torch, at a fraction of the speed. {why}")
-        return None
+    return opened(SOURCE, load, "Packed weights are read by plain torch, at a fraction of the speed.")
 
 
 def load(path: Path) -> ctypes.CDLL:

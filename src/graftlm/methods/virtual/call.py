@@ -14,7 +14,13 @@ from transformers import Cache
 from graftlm.core.errors import AdapterError, ModelError
 from graftlm.methods.virtual.cache import Recording, States, is_filled, new_cache, prefixed
 from graftlm.methods.virtual.checkpointing import is_checkpointed
-from graftlm.methods.virtual.masks import mask_of_packed, real_positions, virtual_positions, with_columns
+from graftlm.methods.virtual.masks import (
+    is_flat,
+    mask_of_packed,
+    real_positions,
+    virtual_positions,
+    with_columns,
+)
 from graftlm.methods.virtual.output import in_order, without_front
 from graftlm.methods.virtual.rows import Layout, Rows, joined
 from graftlm.methods.virtual.stacks import Facts
@@ -211,6 +217,8 @@ def _mask(
     cache: Cache | None,
 ) -> Any:
     mask, positions = given.get("attention_mask"), given.get("position_ids")  # as the caller gave them
+    if mask is None and is_flat(stack, given):
+        return None  # its attention knows where documents start, and shows each of them what stands before
     before = sum(layout.width for layout in layouts)
     seen = _seen(layouts, shape[0])
     if mask is None and facts.is_causal and cache is None and positions is not None:

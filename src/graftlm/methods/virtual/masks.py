@@ -6,6 +6,7 @@ real tokens, so that what a row lacks is on the left, like padding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core.errors import ModelError
+from graftlm.data.forms import DOCUMENTS
 
 
 def with_columns(mask: Any, before: int, queries: int, seen: Tensor | None, *, is_causal: bool) -> Any:
@@ -66,6 +68,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
             fix="Give torch.bool (True: may attend) or a floating dtype (0: may attend).",
         )
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def is_flat(stack: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the call is a row of documents that the stack's attention keeps apart without a mask."""
+    config = getattr(stack, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    return name == DOCUMENTS and given.get("cu_seq_lens_q") is not None
 
 
 def packed_mask(position_ids: Tensor) -> Tensor:

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from graftlm.models.fusing.attention import attention_layers
 from graftlm.models.fusing.base import FasterPart
 from graftlm.models.fusing.feed_forward import feed_forward_parts
+from graftlm.models.fusing.last_rows import last_layer
 from graftlm.models.fusing.norms import norms
+from graftlm.models.fusing.projections import projections
+from graftlm.models.fusing.rotary import rotary_embeddings
 
-KINDS: tuple[Callable[[nn.Module], FasterPart], ...] = (norms, feed_forward_parts)
+KINDS: tuple[Callable[[nn.Module], FasterPart], ...] = (
+    norms,
+    feed_forward_parts,
+    rotary_embeddings,
+    attention_layers,
+    projections,
+    last_layer,
+)
 """Every kind of part; a later one may rely on what the earlier ones put in place."""
 
 

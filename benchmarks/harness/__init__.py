@@ -1,0 +1,1 @@
+"""What every benchmark shares: processes, measurement, the parity gate, tables, results, plots."""

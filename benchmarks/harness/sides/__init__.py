@@ -1,0 +1,1 @@
+"""The trainers that are compared: one file for each library."""

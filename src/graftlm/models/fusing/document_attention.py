@@ -1,0 +1,225 @@
+"""Attention as `transformers` calls it, for batches that say where each of their documents starts.
+
+A flat batch is one row of tokens with `cu_seq_lens_q` beside them. It gets no mask, and its attention has
+no score between two documents. Every other call (padded rows, an encoder, a cache) gets the mask and the
+attention of "sdpa".
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from graftlm.core.errors import ModelError
+from graftlm.data.forms import DOCUMENTS
+from graftlm.kernels.attention import attention, attention_is_native
+
+Way = Literal["native kernel", "torch varlen", "document by document"]
+
+STARTS = "cu_seq_lens_q"
+SEEN = "graft_calls"
+"""The argument with the list that gets a `Call` for each attention layer; for a probe."""
+OTHER_SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "alibi", "cache")
+"""Arguments that change scores in a way that is not computed here."""
+
+_is_flat: ContextVar[bool] = ContextVar("is_flat", default=False)
+"""Whether the stack that runs now was given documents: a mask is asked for without them."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention layer, what it was asked for and how it was computed."""
+
+    layer: nn.Module
+    window: int | None
+    way: Way
+
+
+def register() -> None:
+    """Make the name `graft` known to `transformers`; nothing changes for models that do not ask for it."""
+    AttentionInterface.register(DOCUMENTS, _attention)
+    AttentionMaskInterface.register(DOCUMENTS, _mask)
+
+
+def note_form(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before the stack of layers: masks of this call are for documents, or for anything else."""
+    _is_flat.set(kwargs.get(STARTS) is not None)
+
+
+def way_of(x: Tensor) -> Way:
+    """How documents are computed where nothing stands against it. Shape of queries: [T, heads, head dim]."""
+    if x.device.type == "cpu" and attention_is_native(x.dtype, x.shape[-1]) is None:
+        return "native kernel"
+    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _varlen() is not None:
+        return "torch varlen"
+    return "document by document"
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _is_flat.get() else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Shapes: query [B, Hq, T, D], key and value [B, Hkv, T', D] -> [B, T, Hq, D], as for every such."""
+    starts: Tensor | None = others.pop(STARTS, None)
+    on_device: Tensor | None = others.pop("cu_seq_lens_k", None)
+    seen: list[Call] | None = others.pop(SEEN, None)
+    if starts is None and attention_mask is None and _is_whole(module, query, key, value, dropout, others):
+        starts = torch.arange(0, query.shape[0] * query.shape[2] + 1, query.shape[2])
+    if starts is None:
+        found = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
+        return found[0], None
+    _require_plain(module, attention_mask, others)
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    documents = _Documents(starts, on_device, scale, sliding_window, dropout)
+    out, way = documents.attended(q, k, v)
+    if seen is not None:
+        seen.append(Call(module, sliding_window, way))
+    return out.unflatten(0, (query.shape[0], -1)), None
+
+
+def _is_whole(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, others: dict[str, Any]
+) -> bool:
+    """Whether each row of a batch is one document from end to end, and the native kernel takes it."""
+    fits = query.shape[2] == key.shape[2] > 1 and key.shape == value.shape and dropout == 0
+    is_plain = fits and not _changes(module, others)
+    return is_plain and not _is_flat.get() and way_of(query) == "native kernel"
+
+
+def _changes(module: nn.Module, others: dict[str, Any]) -> str:
+    """What makes this other than plain causal attention; nothing as a rule."""
+    changed = [name for name in OTHER_SCORES if others.get(name) is not None]
+    causal = others.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return ", ".join(changed) or ("" if causal else "attention to later tokens")
+
+
+def _require_plain(module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
+    why = "a mask of its own" if mask is not None else _changes(module, others)
+    if why:
+        raise ModelError(
+            f"{type(module).__name__} has {why}.",
+            meaning="Documents in one row are kept apart without a mask, for plain causal attention only.",
+            fix="Give the batch padded, or packed with a mask.",
+        )
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Documents one after another; virtual tokens that all of them see may stand before the first.
+
+    starts: [n + 1], int64 on the CPU, the same on_device in int32. window: how many keys a token sees at
+    most, itself and virtual ones included.
+    """
+
+    starts: Tensor
+    on_device: Tensor | None
+    scale: float
+    window: int | None
+    dropout: float
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Way]:
+        """Shapes: q [V + T, Hq, D], k and v [P + T, Hkv, D]; the last V of P virtual tokens ask as well."""
+        # Compiled layers are called without virtual queries only (`compiled`); a number read from a tensor
+        # would cut their code in two.
+        tokens = len(q) if torch.compiler.is_compiling() else int(self.starts[-1])
+        virtual, shared = len(q) - tokens, len(k) - tokens
+        if virtual == 0:
+            return self._attend(q, k, v)
+        first, rest = q.split([virtual, tokens])
+        alone = _Documents(torch.tensor([0, virtual]), None, self.scale, self.window, self.dropout)
+        seen_first, _ = alone._attend(first, k[:shared], v[:shared])
+        seen, way = self._attend(rest, k, v)
+        return torch.cat([seen_first, seen]), way
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Way]:
+        shared = len(k) - len(q)
+        window = self.window
+        if window is not None and shared + self._longest(q) <= window:
+            window = None
+        way = way_of(q)
+        is_plain = self.dropout == 0 and v.shape == k.shape and (shared == 0 or window is None)
+        if way == "native kernel" and is_plain:
+            return attention(q, k, v, self.starts, scale=self.scale, window=window), way
+        if way == "torch varlen" and is_plain and shared == 0 and self.on_device is not None:
+            return self._varlen(q, k, v, window), way
+        return self._one_by_one(q, k, v, window), "document by document"
+
+    def _longest(self, q: Tensor) -> int:
+        """Tokens of the longest document; an upper bound in compiled code, which reads no tensor."""
+        return len(q) if torch.compiler.is_compiling() else int(self.starts.diff().max())
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """FlashAttention counts in a window the keys before the token's own."""
+        varlen = _varlen()
+        assert varlen is not None
+        longest = self._longest(q)
+        found: Tensor = varlen(
+            q, k, v, self.on_device, self.on_device, longest, longest, scale=self.scale,
+            window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return found
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        lengths = self.starts.diff().tolist()
+        shared = len(k) - len(q)
+        (keys, *own_keys), (values, *own_values) = (x.split([shared, *lengths]) for x in (k, v))
+        seen = []
+        for queries, *pair in zip(q.split(lengths), own_keys, own_values, strict=True):
+            if shared:
+                pair = [torch.cat(both) for both in zip((keys, values), pair, strict=True)]
+            mask = _visible(len(queries), shared, window, q.device)
+            query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (queries, *pair))
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=self.dropout, scale=self.scale,
+                is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+            seen.append(out[0].transpose(0, 1))
+        return torch.cat(seen)
+
+
+def _visible(tokens: int, shared: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask [tokens, shared + tokens] of one document, True where seen; None where it is just causal."""
+    if shared == 0 and (window is None or tokens <= window):
+        return None
+    rows = torch.arange(shared, shared + tokens, device=device).unsqueeze(1)
+    columns = torch.arange(shared + tokens, device=device)
+    seen = columns <= rows
+    return seen if window is None else seen & (columns > rows - window)
+
+
+@cache
+def _varlen() -> Callable[..., Any] | None:
+    """torch's own attention over documents, where this version takes a scale, a window and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(names) else None

@@ -1,0 +1,93 @@
+"""Faster steps that a recipe asks for, or that must pay for themselves: FP8 products, compiled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from graftlm.core.errors import ConfigError
+from graftlm.data.batches import Batches
+from graftlm.models.fusing.attention import AttentionLayers
+from graftlm.models.fusing.base import FasterPart
+from graftlm.models.fusing.fp8 import fp8_products
+from graftlm.models.fusing.fused import Fusable, fused
+from graftlm.models.fusing.last_rows import LastLayer
+from graftlm.models.regional_compile import Failure, compiled_layers
+from graftlm.quant.facts import device_of, dtype_of
+from graftlm.training.compile_choice import CompileChoice, choose_compile
+from graftlm.training.recipe import Recipe
+from graftlm.training.timeline import Timeline
+from graftlm.verbs.fp8_check import Fp8Check, check_fp8
+from graftlm.verbs.step_setup import StepSetup
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What was decided, and measured; in `plan.json`."""
+
+    compile: CompileChoice
+    fp8_products: Fp8Check | None
+
+
+def accelerated(
+    setup: StepSetup, recipe: Recipe, batches: Batches, parameters: Mapping[str, nn.Parameter], total: int
+) -> tuple[StepSetup, Acceleration]:
+    """The setup with the parts that the recipe asks for, or that pay.
+
+    Args:
+        parameters: those that are trained.
+        total: how many parameters the model has.
+
+    Raises:
+        ConfigError: the recipe asks for what this model or device does not do.
+        TrainingError: FP8 products change the loss of the first batch too much.
+    """
+    check, parts = None, list[FasterPart]()
+    if recipe.model.products == "fp8":
+        part = fp8_products(setup.model)
+        with fused(setup.fusable):
+            check = check_fp8(setup.model, setup.objective, batches.batch(0, 0), parameters, part)
+        parts.append(part)
+    choice = _compile_choice(setup, recipe, batches, total)
+    if choice.compiles:
+        on_failure: Failure = "stop" if recipe.train.compile == "on" else "go on"
+        parts.append(compiled_layers(setup.model, _replaced(setup), on_failure=on_failure))
+        setup.objective.tokens = batches.most_tokens
+    found = Fusable((*setup.fusable.parts, *parts))
+    return replace(setup, fusable=found), Acceleration(choice, check)
+
+
+def _compile_choice(setup: StepSetup, recipe: Recipe, batches: Batches, total: int) -> CompileChoice:
+    train, asked = recipe.train, recipe.train.compile
+    obstacle = _obstacle(setup, recipe)
+    if asked == "on" and obstacle:
+        raise ConfigError(f"train.compile: on is not possible here: {obstacle}.", fix="Leave it at auto.")
+    return choose_compile(
+        asked,
+        device=device_of(setup.model).type,
+        dtype=str(dtype_of(setup.model)).removeprefix("torch."),
+        steps=Timeline(batches, train.gradient_accumulation_steps).total_steps(train),
+        tokens_per_step=batches.most_tokens * train.gradient_accumulation_steps,
+        parameters=total,
+        obstacle=obstacle,
+    )
+
+
+def _obstacle(setup: StepSetup, recipe: Recipe) -> str:
+    """Why layers are not compiled: code is compiled for one number of tokens, and for layers that stay."""
+    if recipe.model.placement != "resident":
+        return f"the layers come from {recipe.model.placement} one by one"
+    if not recipe.data.packing:
+        return "rows that are not packed have many lengths"
+    documents = [part for part in setup.fusable.parts if isinstance(part, AttentionLayers)]
+    if not documents or documents[0].why or "document by document" in documents[0].way:
+        return "its attention does not take documents in one row together"
+    return "" if compiled_layers(setup.model, _replaced(setup)).layers else "it has no numbered layers"
+
+
+def _replaced(setup: StepSetup) -> list[nn.Module]:
+    """Layers that another part computes in its own way."""
+    ends = [part for part in setup.fusable.parts if isinstance(part, LastLayer)]
+    return [part.layer for part in ends if part.layer is not None and not part.why]

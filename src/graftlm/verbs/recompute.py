@@ -1,0 +1,65 @@
+"""Which activations a run recomputes: asked of its real step, and remembered in its plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from graftlm.data.batches import Batches
+from graftlm.data.encode import Encoded
+from graftlm.models.fusing.fused import Fusable, fused
+from graftlm.models.recompute.policy import Policy
+from graftlm.objectives.sft import SftObjective
+from graftlm.quant.facts import device_of
+from graftlm.training.recipe import Recipe
+from graftlm.training.recompute import RecomputeChoice, choose
+from graftlm.training.step import to_device
+
+_FEW = 16
+"""Different tokens in a probe; any vocabulary has as many."""
+_BEFORE = {"keep": "nothing", "recompute": "everything"}
+"""What plans of earlier versions call two of the policies."""
+
+
+def choose_recompute(
+    model: nn.Module,
+    objective: SftObjective,
+    found: Fusable,
+    recipe: Recipe,
+    *,
+    tokens: int | None = None,
+    started_with: Policy | None = None,
+) -> RecomputeChoice:
+    """The policy for the steps of a run whose adapter is attached.
+
+    Args:
+        tokens: of the largest micro-batch; whole windows, where that is not known.
+        started_with: the policy of a run that goes on.
+
+    Raises:
+        ConfigError: the recipe names a policy that is not possible for this model on this device.
+    """
+
+    def loss_of(length: int) -> Any:
+        """Of one row with a label on every token."""
+        ids = tuple(number % _FEW for number in range(length))
+        row = Encoded(ids, (-100, *ids[1:]), 1, False)
+        layout: dict[str, Any] = {"rows_per_batch": 1, "packing": False, "seed": 0, "pad_token_id": 0}
+        batch = Batches([row], max_length=length, **layout).batch(0, 0)
+        return objective(model, to_device(batch, device_of(model)))
+
+    tokens = tokens or recipe.train.per_device_train_batch_size * recipe.data.max_length
+    with fused(found):
+        return choose(model, loss_of, recipe.train, tokens=tokens, started_with=started_with)
+
+
+def policy_of_plan(plan: Path) -> Policy | None:
+    """What a run began with, by its plan; None where there is none yet."""
+    if not plan.is_file():
+        return None
+    named = json.loads(plan.read_text(encoding="utf-8")).get("recompute")
+    named = _BEFORE.get(named, named)
+    return named if named in get_args(Policy) else None

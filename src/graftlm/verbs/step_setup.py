@@ -1,0 +1,60 @@
+"""How a run takes its steps: loss, faster parts and recomputation, settled before the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import nn
+
+from graftlm.core.allocation import freed_memory_kept
+from graftlm.models.fusing.fused import Fusable, fusable, fused
+from graftlm.models.recompute.policy import Policy, recomputing
+from graftlm.objectives.sft import SftObjective
+from graftlm.quant.facts import device_of
+from graftlm.training.recipe import Recipe
+from graftlm.training.recompute import RecomputeChoice
+from graftlm.verbs.recompute import choose_recompute
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """What `graft tune` decides about the steps of a run; benchmarks decide by the same function."""
+
+    model: nn.Module
+    objective: SftObjective
+    fusable: Fusable
+    recompute: RecomputeChoice
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, training steps of the model run as decided; outside, it is as before."""
+        memory = freed_memory_kept() if device_of(self.model).type == "cpu" else nullcontext()
+        with memory, fused(self.fusable), recomputing(self.model, self.recompute.policy):
+            yield
+
+
+def step_setup(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    tokens: int | None = None,
+    started_with: Policy | None = None,
+    find: Callable[[nn.Module], Fusable] = fusable,
+) -> StepSetup:
+    """Settle the steps of a run whose adapter is attached.
+
+    Args:
+        tokens: of the largest micro-batch; whole windows, where that is not known.
+        started_with: the recomputation of a run that goes on.
+        find: which faster parts there are.
+
+    Raises:
+        ModelError: the model does not continue text.
+        ConfigError: the recipe names a policy that is not possible for this model on this device.
+    """
+    objective = SftObjective(model)
+    found = find(model)
+    choice = choose_recompute(model, objective, found, recipe, tokens=tokens, started_with=started_with)
+    return StepSetup(model, objective, found, choice)
