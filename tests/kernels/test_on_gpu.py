@@ -11,8 +11,9 @@ from torch import Tensor
 
 from graftlm.core.notices import forget_notices, notices_to
 from graftlm.formats.layout import FOLDER
-from graftlm.kernels import cross_entropy, dropout, fp8_products, pointwise_reference, triton_forms
+from graftlm.kernels import cross_entropy, dropout, fp8_products, pointwise_reference
 from graftlm.kernels.encoding import encode_rows_fp8
+from graftlm.kernels.triton import forms as triton_forms
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig
 from graftlm.models.fusing.fused import fusable, fused

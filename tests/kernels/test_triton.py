@@ -28,7 +28,8 @@ SHAPES = [(1, 1), (3, 5), (7, 129), (65, 300)]
 
 INTERPRETED = """
 import torch
-from graftlm.kernels import decoding, triton_dequantise
+from graftlm.kernels import decoding
+from graftlm.kernels.triton import dequantise as triton_dequantise
 from graftlm.quant.packed import encode
 from graftlm.quant.scheme import Scheme
 
@@ -57,7 +58,7 @@ TRANSLATED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graftlm.kernels import triton_dequantise
+from graftlm.kernels.triton import dequantise as triton_dequantise
 
 blocks = dict.fromkeys(("scale_scales", "scale_offset", "scale_map", "values"), "*fp32")
 blocks = {"codes": "*u8", "scales": "*u8", **blocks, "out": "*bf16", "count": "i32"}
@@ -97,7 +98,7 @@ def test_without_a_gpu(script: str, says: str, interpret: str, tmp_path: Path) -
 
 
 def test_without_triton_the_definition_runs_and_a_notice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "graftlm.kernels.triton_dequantise", None)
+    monkeypatch.setitem(sys.modules, "graftlm.kernels.triton.dequantise", None)
     quantised_cuda._reader.cache_clear()
     forget_notices()
     heard: list[str] = []

@@ -13,7 +13,8 @@ import torch
 
 import graftlm
 from graftlm.core.notices import forget_notices, notices_to
-from graftlm.kernels import cross_entropy, cross_entropy_cuda, triton_forms
+from graftlm.kernels import cross_entropy, cross_entropy_cuda
+from graftlm.kernels.triton import forms as triton_forms
 
 HERE = Path(__file__).parent
 HAS_TRITON = util.find_spec("triton") is not None and util.find_spec("triton.language") is not None

@@ -11,20 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.kernels import (
-    adapted_products,
-    cross_entropy_cuda,
-    dropout,
-    pointwise_reference,
-    triton_cross_entropy,
-    triton_dropout,
-    triton_forms,
-    triton_fp8,
-    triton_gating,
-    triton_low_rank,
-    triton_norms,
-    triton_rotary,
-)
+from graftlm.kernels import adapted_products, cross_entropy_cuda, dropout, pointwise_reference
+from graftlm.kernels.triton import cross_entropy as triton_cross_entropy
+from graftlm.kernels.triton import dropout as triton_dropout
+from graftlm.kernels.triton import forms as triton_forms
+from graftlm.kernels.triton import fp8 as triton_fp8
+from graftlm.kernels.triton import gating as triton_gating
+from graftlm.kernels.triton import low_rank as triton_low_rank
+from graftlm.kernels.triton import norms as triton_norms
+from graftlm.kernels.triton import rotary as triton_rotary
 
 ULPS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-6}
 SHAPES = [(1, 1), (3, 5), (7, 129), (2, 1500)]

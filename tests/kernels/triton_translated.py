@@ -8,15 +8,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graftlm.kernels import (
-    triton_cross_entropy,
-    triton_dropout,
-    triton_fp8,
-    triton_gating,
-    triton_low_rank,
-    triton_norms,
-    triton_rotary,
-)
+from graftlm.kernels.triton import cross_entropy as triton_cross_entropy
+from graftlm.kernels.triton import dropout as triton_dropout
+from graftlm.kernels.triton import fp8 as triton_fp8
+from graftlm.kernels.triton import gating as triton_gating
+from graftlm.kernels.triton import low_rank as triton_low_rank
+from graftlm.kernels.triton import norms as triton_norms
+from graftlm.kernels.triton import rotary as triton_rotary
 
 HALF, WHOLE, FLOAT, COUNT = "*bf16", "*fp32", "fp32", "i32"
 

@@ -17,7 +17,7 @@ from graftlm.kernels import thin_cpu
 from graftlm.kernels.dropout import add_dropped, dropped, kept_share
 from graftlm.kernels.gain import apply_gain, gain_backward
 from graftlm.kernels.ops import LIBRARY
-from graftlm.kernels.triton_forms import rows_in_order, triton_form
+from graftlm.kernels.triton.forms import rows_in_order, triton_form
 
 LIBRARY.define("add_low_rank(Tensor(a!) y, Tensor s, Tensor b, float scale) -> ()")
 LIBRARY.define("thin_gradient(Tensor s, Tensor grad, float scale) -> Tensor")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import cross_entropy
-from graftlm.kernels.triton_forms import triton_form
+from graftlm.kernels.triton.forms import triton_form
 
 ROWS = 512
 """Rows of logits that exist at a time, at least: fewer would leave a GPU half idle."""

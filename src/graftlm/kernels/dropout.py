@@ -12,7 +12,7 @@ from torch import Tensor
 from graftlm.kernels import dropout_cpu
 from graftlm.kernels.ops import LIBRARY
 from graftlm.kernels.reference import pieces
-from graftlm.kernels.triton_forms import rows_in_order, triton_form
+from graftlm.kernels.triton.forms import rows_in_order, triton_form
 
 LIBRARY.define("dropped(Tensor x, float p, Tensor seed) -> Tensor")
 LIBRARY.define("add_dropped(Tensor(a!) out, Tensor x, float p, Tensor seed) -> ()")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels.encoding import FLOAT8, encode_rows_fp8
-from graftlm.kernels.triton_forms import triton_form
+from graftlm.kernels.triton.forms import triton_form
 
 FP8_PRODUCTS = "fp8_products"
 """The kind under which operators take a weight stored in `fp8` that is multiplied in 8 bits too."""

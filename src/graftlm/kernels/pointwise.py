@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from graftlm.kernels import pointwise_cpu, pointwise_reference
 from graftlm.kernels.ops import LIBRARY
 from graftlm.kernels.sources import remember
-from graftlm.kernels.triton_forms import accelerated
+from graftlm.kernels.triton.forms import accelerated
 
 LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
 LIBRARY.define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor")

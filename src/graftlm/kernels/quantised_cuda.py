@@ -20,7 +20,7 @@ Read = Callable[[Tensor, Sequence[Tensor], str, int], None]
 def _reader() -> Read | None:
     """Triton's, or None (and a notice) where it is not installed."""
     try:
-        from graftlm.kernels.triton_dequantise import read_into
+        from graftlm.kernels.triton.dequantise import read_into
     except ImportError:
         notice(
             "Packed weights are read by plain torch, in several passes: triton is not installed. "

@@ -200,7 +200,8 @@ class Recipe(Config):
         if self.model.placement != "resident" and isinstance(config, FullConfig) and config.parts == "all":
             raise ValueError(
                 f"method.type: {self.method.type} trains a copy of every weight in memory, and "
-                f"model.placement: {self.model.placement} is for a base that does not fit there; choose lora, or leave it out"
+                f"model.placement: {self.model.placement} is for a base that does not fit there; "
+                "choose lora, or leave it out"
             )
         return self
 

@@ -20,15 +20,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _forms() -> Mapping[str, Form] | None:
     """Triton's, by operator; None (and a notice) where it is not installed."""
     try:
-        from graftlm.kernels import (
-            triton_cross_entropy,
-            triton_dropout,
-            triton_fp8,
-            triton_gating,
-            triton_low_rank,
-            triton_norms,
-            triton_rotary,
-        )
+        from graftlm.kernels.triton import cross_entropy, dropout, fp8, gating, low_rank, norms, rotary
     except ImportError:
         notice(
             "Norms, gates, adapters and cross-entropy run in plain torch, in several passes: triton is not "
@@ -36,16 +28,16 @@ def _forms() -> Mapping[str, Form] | None:
         )
         return None
     return {
-        "rms_norm": triton_norms.rms_norm,
-        "rms_norm_backward": triton_norms.rms_norm_backward,
-        "gated_silu": triton_gating.gated_silu,
-        "gated_silu_backward": triton_gating.gated_silu_backward,
-        "low_rank_into": triton_low_rank.low_rank_into,
-        "losses_and_gradient_": triton_cross_entropy.losses_and_gradient_,
-        "dropped": triton_dropout.dropped,
-        "add_dropped": triton_dropout.add_dropped,
-        "rope": triton_rotary.rope,
-        "rows_in_fp8": triton_fp8.rows_in_fp8,
+        "rms_norm": norms.rms_norm,
+        "rms_norm_backward": norms.rms_norm_backward,
+        "gated_silu": gating.gated_silu,
+        "gated_silu_backward": gating.gated_silu_backward,
+        "low_rank_into": low_rank.low_rank_into,
+        "losses_and_gradient_": cross_entropy.losses_and_gradient_,
+        "dropped": dropout.dropped,
+        "add_dropped": dropout.add_dropped,
+        "rope": rotary.rope,
+        "rows_in_fp8": fp8.rows_in_fp8,
     }
 
 
