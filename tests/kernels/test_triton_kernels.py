@@ -36,7 +36,7 @@ def test_without_a_gpu(script: str, interpret: str, tmp_path: Path) -> None:
 
 def test_without_triton_the_definitions_run_and_one_notice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("norms", "gating", "low_rank", "cross_entropy", "fp8", "dropout", "rotary"):
-        monkeypatch.setitem(sys.modules, f"graftlm.kernels.triton_{name}", None)
+        monkeypatch.setitem(sys.modules, f"graftlm.kernels.triton.{name}", None)
     triton_forms._forms.cache_clear()
     forget_notices()
     heard: list[str] = []
