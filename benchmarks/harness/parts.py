@@ -61,6 +61,8 @@ def part_of(call: Operator, case: Case) -> str:
         return HEAD
     if call.name in PRODUCTS:
         return ADAPTER if _is_skinny(call.shapes, case) else BASE
+    if _any((call.name,), ("low_rank", "thin_", "dropped")):
+        return ADAPTER
     if call.name in POINTS or _any(names, ("rms_norm", "gated_silu", "rope", "rotary")):
         return POINTWISE
     if "engine" in call.name or call.name.lstrip("_")[:1].isupper():
@@ -69,7 +71,10 @@ def part_of(call: Operator, case: Case) -> str:
 
 
 def floors(case: Case, rates: Rates, documents: Sequence[int], targets: int) -> dict[str, float]:
-    """Least seconds of each part: its arithmetic at the matrix rate, or its bytes at the copy rate."""
+    """Least seconds of each part: its arithmetic at the matrix rate, or its bytes at the copy rate.
+
+    Of the adapter's products the bytes are what counts: a rank is too few sums for a value that is read.
+    """
     shape, tokens = case.model, sum(documents)
     trained = shape.adapter(case.rank) if case.method in ("lora", "dora") else 0
     flops = {
@@ -79,6 +84,8 @@ def floors(case: Case, rates: Rates, documents: Sequence[int], targets: int) -> 
         HEAD: FORWARD_AND_INPUT * targets * shape.head,
     }
     found = {part: operations / rates.matrix for part, operations in flops.items()}
+    if trained:
+        found[ADAPTER] = max(found[ADAPTER], adapter_bytes(case, tokens) / rates.copy)
     found[POINTWISE] = pointwise_bytes(case, tokens) / rates.copy
     found[OPTIMIZER] = OPTIMIZER_BYTES * trained / rates.copy
     return found | dict.fromkeys((COPIES, OTHER, GAPS), 0.0)
@@ -100,6 +107,20 @@ def pointwise_bytes(case: Case, tokens: int) -> int:
     rotary = 2 * 2 * (shape.heads + shape.key_heads) * shape.head_dim
     gating = (3 + 5) * shape.inner
     return 2 * tokens * shape.layers * (norms + rotary + gating)
+
+
+def adapter_bytes(case: Case, tokens: int) -> int:
+    """Traffic of a low-rank change in 16 bits, forward and backward, beside the layer's own product.
+
+    Forward reads x once for the layers that share it, and reads and writes the output; backward reads x and
+    the gradient once, and reads and writes the gradient of x.
+    """
+    shapes = case.model.matrices()
+    outputs = sum(rows for rows, _ in shapes.values())
+    inputs = sum(
+        shapes[name][1] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    )
+    return 2 * tokens * case.model.layers * (3 * outputs + 4 * inputs)
 
 
 def _is_skinny(shapes: Iterable[tuple[int, ...]], case: Case) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from graftlm.training.compile_choice import MARGIN, SECONDS_TO_COMPILE, choose_compile
+from graftlm.training.compile_choice import MARGIN, SECONDS_TO_COMPILE, choose_compile, measured_gain
 from graftlm.training.train_section import TrainSection
 
-RUN: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "tokens_per_step": 2048, "parameters": 10**8}
+RUN: dict[str, Any] = {"gain": 0.04, "tokens_per_step": 2048, "parameters": 10**8}
 
 
 def test_long_runs_compile_and_short_ones_do_not() -> None:
@@ -19,10 +19,15 @@ def test_long_runs_compile_and_short_ones_do_not() -> None:
     assert "10 steps" in short.why and "compiled (predicted" in long.text
 
 
-@pytest.mark.parametrize("change", [{"device": "cuda"}, {"dtype": "float32"}])
-def test_what_was_not_measured_is_left_alone(change: dict[str, str]) -> None:
-    found = choose_compile("auto", steps=10**6, **{**RUN, **change})
-    assert not found.compiles and "not measured" in found.why and found.saved_seconds == 0
+@pytest.mark.parametrize(("gain", "why"), [(None, "not measured"), (-0.08, "8% slower")])
+def test_no_gain_is_left_alone(gain: float | None, why: str) -> None:
+    found = choose_compile("auto", steps=10**6, **{**RUN, "gain": gain})
+    assert not found.compiles and why in found.why and found.saved_seconds <= 0
+
+
+@pytest.mark.parametrize("place", [("cuda", "bfloat16"), ("cpu", "float32")])
+def test_what_was_not_measured(place: tuple[str, str]) -> None:
+    assert measured_gain(*place) is None
 
 
 def test_the_recipe_decides() -> None:

@@ -16,7 +16,7 @@ from graftlm.models.fusing.fused import Fusable, fused
 from graftlm.models.fusing.last_rows import LastLayer
 from graftlm.models.regional_compile import Failure, compiled_layers
 from graftlm.quant.facts import device_of, dtype_of
-from graftlm.training.compile_choice import CompileChoice, choose_compile
+from graftlm.training.compile_choice import CompileChoice, choose_compile, measured_gain
 from graftlm.training.recipe import Recipe
 from graftlm.training.timeline import Timeline
 from graftlm.verbs.fp8_check import Fp8Check, check_fp8
@@ -66,8 +66,7 @@ def _compile_choice(setup: StepSetup, recipe: Recipe, batches: Batches, total: i
         raise ConfigError(f"train.compile: on is not possible here: {obstacle}.", fix="Leave it at auto.")
     return choose_compile(
         asked,
-        device=device_of(setup.model).type,
-        dtype=str(dtype_of(setup.model)).removeprefix("torch."),
+        gain=measured_gain(device_of(setup.model).type, str(dtype_of(setup.model)).removeprefix("torch.")),
         steps=Timeline(batches, train.gradient_accumulation_steps).total_steps(train),
         tokens_per_step=batches.most_tokens * train.gradient_accumulation_steps,
         parameters=total,

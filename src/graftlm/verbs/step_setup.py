@@ -11,6 +11,7 @@ from torch import nn
 from graftlm.core.allocation import freed_memory_kept
 from graftlm.models.fusing.fused import Fusable, fusable, fused
 from graftlm.models.recompute.policy import Policy, recomputing
+from graftlm.models.streamed import RESIDENT, placement_of
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of
 from graftlm.training.recipe import Recipe
@@ -30,9 +31,17 @@ class StepSetup:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, training steps of the model run as decided; outside, it is as before."""
-        memory = freed_memory_kept() if device_of(self.model).type == "cpu" else nullcontext()
+        memory = freed_memory_kept() if self._has_room else nullcontext()
         with memory, fused(self.fusable), recomputing(self.model, self.recompute.policy):
             yield
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether memory is not what decides: then freed blocks may stay, in holes of whatever size, for the
+        time that it saves."""
+        placement, _ = placement_of(self.model)
+        is_short = self.recompute.policy not in ("nothing", "cheap") or placement != RESIDENT
+        return device_of(self.model).type == "cpu" and not is_short
 
 
 def step_setup(
