@@ -7,8 +7,8 @@
 #pragma GCC target("prefer-vector-width=512")
 #endif
 
-#include <stdint.h>
-#include <string.h>
+#include "bfloat16.h"
+
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "The halves of a hash are read in little-endian order."
@@ -40,22 +40,6 @@ static inline void draw(uint16_t *restrict bits, Keys keys, int64_t start, int64
         hashes[j] = h ^ (h >> 16);
     }
     memcpy(bits, hashes, (size_t)pairs * sizeof(uint32_t));
-}
-
-static inline float widened(uint16_t value) {
-    const uint32_t wide = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &wide, sizeof result);
-    return result;
-}
-
-/* To the nearest, ties to even; a NaN stays one. */
-static inline uint16_t narrowed(float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, sizeof wide);
-    const uint32_t rounded = (wide + 0x7FFFu + ((wide >> 16) & 1u)) >> 16;
-    const uint32_t nan = (wide >> 16) | 0x40u;
-    return (uint16_t)((wide & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
 }
 
 #define OVER_PIECES(BODY)                                                                       \

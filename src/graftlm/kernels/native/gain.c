@@ -7,28 +7,12 @@
 #pragma GCC target("prefer-vector-width=512")
 #endif
 
-#include <stdint.h>
-#include <string.h>
+#include "bfloat16.h"
+
 
 enum { BLOCK = 64 };
 
 typedef uint16_t bf16;
-
-static inline float widened(bf16 value) {
-    const uint32_t wide = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &wide, sizeof result);
-    return result;
-}
-
-/* To the nearest, ties to even; a NaN stays one. */
-static inline bf16 narrowed(float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, sizeof wide);
-    const uint32_t rounded = (wide + 0x7FFFu + ((wide >> 16) & 1u)) >> 16;
-    const uint32_t nan = (wide >> 16) | 0x40u;
-    return (bf16)((wide & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
-}
 
 #define AS_IS(value) (value)
 

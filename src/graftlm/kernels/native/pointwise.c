@@ -7,12 +7,12 @@
    pointwise_call.py. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("prefer-vector-width=512")
 #endif
+
+#include "bfloat16.h"
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -28,18 +28,6 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 #else
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #endif
-
-INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-INLINE float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 /* The bfloat16 nearest to `value`, ties to even, in the high half. The NaN that arithmetic makes stays one. */
 INLINE uint32_t rounded(float value) {
