@@ -118,7 +118,7 @@ def train(given: argparse.Namespace) -> None:
     from graftlm.methods.lora import LoraConfig
     from graftlm.models.attach import attach_from_base
     from graftlm.models.load import load_model
-    from graftlm.models.streamed import streamed_layers, streamed_tensors
+    from graftlm.models.streaming.streamed import streamed_layers, streamed_tensors
 
     folder = Path(given.folder)
     load_model("sprout", dtype="bfloat16", quantization="nf4", device="cpu")  # imports, compiles

@@ -31,8 +31,8 @@ from graftlm.models.attach import attach_from_base
 from graftlm.models.load import load_model
 from graftlm.models.recompute.policy import Policy, recomputing
 from graftlm.models.save_quantised import save_base
-from graftlm.models.streamed import placement_of, streamed_layers, streaming_of
-from graftlm.models.streamed_disk import DiskMover
+from graftlm.models.streaming.disk import DiskMover
+from graftlm.models.streaming.streamed import placement_of, streamed_layers, streaming_of
 from graftlm.models.tensor_files import read_headers
 
 from .bases import checkpoint, small, tokenizer

@@ -12,8 +12,14 @@ from torch import nn
 from graftlm.core.errors import ConfigError
 from graftlm.methods.lora import LoraConfig
 from graftlm.models.load import load_model
-from graftlm.models.streamed import Streaming, placement_of, streamed_layers, streamed_tensors, streaming_of
-from graftlm.models.streamed_host import HostMover, stream_from_host
+from graftlm.models.streaming.host import HostMover, stream_from_host
+from graftlm.models.streaming.streamed import (
+    Streaming,
+    placement_of,
+    streamed_layers,
+    streamed_tensors,
+    streaming_of,
+)
 from graftlm.quant.weights import WeightHandle
 from graftlm.training.recompute import choose
 from graftlm.training.train_section import TrainSection

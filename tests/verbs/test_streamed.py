@@ -14,7 +14,7 @@ from runs import SETTINGS, Outcome, assignments
 from graftlm.core.errors import ConfigError
 from graftlm.core.notices import forget_notices
 from graftlm.methods.attach import adapters_of
-from graftlm.models.streamed import placement_of
+from graftlm.models.streaming.streamed import placement_of
 from graftlm.training.recipe import make_recipe
 from graftlm.verbs.chat import chat
 from graftlm.verbs.evaluate import evaluate

@@ -35,9 +35,9 @@ from graftlm.models.padding import ensure_padding
 from graftlm.models.precision import AUTO, check_dtype, choose_device, choose_dtype
 from graftlm.models.quantised_load import Progress, load_quantised
 from graftlm.models.stored_scheme import SIXTEEN_BIT, check_head, require_equal, stored_kind
-from graftlm.models.streamed import DISK, HOST, RESIDENT, check_placement, placement_of
-from graftlm.models.streamed_disk import load_from_disk, stream_from_disk
-from graftlm.models.streamed_host import stream_from_host
+from graftlm.models.streaming.disk import load_from_disk, stream_from_disk
+from graftlm.models.streaming.host import stream_from_host
+from graftlm.models.streaming.streamed import DISK, HOST, RESIDENT, check_placement, placement_of
 from graftlm.models.tensor_files import read_headers
 from graftlm.models.weight_files import weight_files
 from graftlm.quant.convert import quantised_layers

@@ -20,7 +20,7 @@ from graftlm.models.recompute.kept import counted
 from graftlm.models.recompute.places import places_of
 from graftlm.models.recompute.policy import POLICIES, Policy, obstacle, recomputing, require_possible
 from graftlm.models.recompute.tiles import FROM
-from graftlm.models.streamed import HOST, placement_of
+from graftlm.models.streaming.streamed import HOST, placement_of
 from graftlm.quant.facts import device_of
 from graftlm.training.memory import free_bytes
 from graftlm.training.train_section import TrainSection

@@ -13,7 +13,7 @@ from graftlm.evaluation.report_data import SiteGroup
 from graftlm.formats.fingerprint import scheme_of
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.models.fusing.fused import Fusable
-from graftlm.models.streamed import RESIDENT, placement_of
+from graftlm.models.streaming.streamed import RESIDENT, placement_of
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of, dtype_of, is_packed
 from graftlm.quant.weights import WeightHandle

@@ -13,7 +13,7 @@ from graftlm.core.errors import MergeError
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.merge_in_passing import merged_in_passing
 from graftlm.models.agreement import Agreement, agreement, logits_on
-from graftlm.models.streamed import streaming_of
+from graftlm.models.streaming.streamed import streaming_of
 from graftlm.quant.convert import is_quantised
 
 RELOADED = "reloaded-to-compare"

@@ -11,7 +11,7 @@ from torch import nn
 from graftlm.core.allocation import freed_memory_kept
 from graftlm.models.fusing.fused import Fusable, fusable, fused
 from graftlm.models.recompute.policy import Policy, recomputing
-from graftlm.models.streamed import RESIDENT, placement_of
+from graftlm.models.streaming.streamed import RESIDENT, placement_of
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of
 from graftlm.training.recipe import Recipe

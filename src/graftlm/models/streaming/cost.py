@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from graftlm.models.streamed_files import Range
+from graftlm.models.streaming.files import Range
 
 _SAMPLE = 64 * 2**20
 _CHUNK = 4 * 2**20

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.models.streamed import HOST, begin_streaming, streamed_layers, streamed_tensors
+from graftlm.models.streaming.streamed import HOST, begin_streaming, streamed_layers, streamed_tensors
 
 _SLOTS = 2
 

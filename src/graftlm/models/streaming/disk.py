@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from graftlm.core.errors import ConfigError, ModelError
 from graftlm.models.arriving import on_their_way
 from graftlm.models.quantised_load import load_quantised
-from graftlm.models.streamed import DISK, begin_streaming, streamed_layers, streamed_tensors
-from graftlm.models.streamed_cost import cost_of_reading
-from graftlm.models.streamed_files import MappedFile, Range, joined, mapped, outside
+from graftlm.models.streaming.cost import cost_of_reading
+from graftlm.models.streaming.files import MappedFile, Range, joined, mapped, outside
+from graftlm.models.streaming.streamed import DISK, begin_streaming, streamed_layers, streamed_tensors
 from graftlm.models.tensor_files import StoredTensor
 from graftlm.quant.scheme import Scheme
 

@@ -1,0 +1,1 @@
+"""A base whose layers lie elsewhere while no pass needs them."""
