@@ -26,6 +26,12 @@ Problem = tuple[list[Tensor], str, int, int, int]
 needs_compiler = pytest.mark.skipif(compiling.find_compiler() is None, reason="no C compiler")
 
 
+@needs_compiler
+@pytest.mark.parametrize("source", sorted(Path(call.__file__).parent.glob("*.c")), ids=lambda path: path.stem)
+def test_every_source_compiles_as_it_is_in_use(source: Path) -> None:
+    assert ctypes.CDLL(str(compiling.build(source, threads=False)))
+
+
 EDGES = (
     *(0.0, 65504.0, 65519.996, 65520.0, 2.0**-14, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 1e-40, 3e38),
     *(torch.inf, torch.nan),

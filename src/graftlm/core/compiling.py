@@ -22,7 +22,7 @@ SWITCH = "GRAFT_NATIVE"
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC")
 _SECONDS = 120
-_INCLUDE = re.compile(rb'^#include "([a-z_]+\.h)"$', re.MULTILINE)
+_INCLUDE = re.compile(rb'^#include "([a-z0-9_]+\.h)"$', re.MULTILINE)
 
 
 def is_switched_off() -> bool:

@@ -24,6 +24,8 @@ def opened(source: Path, load: Callable[[Path], ctypes.CDLL], without: str) -> c
     try:
         return load(build(source, threads=hasattr(ctypes.CDLL(None), "GOMP_parallel")))
     except (GraftError, OSError) as error:
-        why = f"{error.seen} {error.fix}" if isinstance(error, GraftError) else str(error)
-        notice(f"{without} {why}")
+        parts = (
+            [error.seen, *error.problems[:1], error.fix] if isinstance(error, GraftError) else [str(error)]
+        )
+        notice(" ".join([without, *parts]))
         return None
