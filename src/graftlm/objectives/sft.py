@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.core.errors import ModelError
-from graftlm.data.batches import Batch
+from graftlm.data.batches import WIDTH_STEP, Batch
 from graftlm.data.filled import filled
 from graftlm.data.forms import for_attention
 from graftlm.kernels.ops import linear_cross_entropy
@@ -41,11 +41,13 @@ class SftObjective:
         self.path: Path
         self.path, self.why = choose_path(model)
         self.tokens = 0
-        """What flat batches are filled up to (`data.filled`); 0: they stay as they are."""
+        """What flat batches are filled up to at least (`data.filled`), and from there to a multiple of
+        `WIDTH_STEP`: a matrix product of a new shape is prepared anew."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossParts:
         batch = for_attention(batch, attention_of(model), next(model.parameters()).dtype)
-        batch = filled(batch, self.tokens)
+        whole_steps = -(-batch.labels.shape[1] // WIDTH_STEP) * WIDTH_STEP
+        batch = filled(batch, max(self.tokens, whole_steps))
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
         rows = labels != -100
         if self.path == "full logits":
