@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ from graftlm.core.errors import TrainingError
 from graftlm.core.notices import forget_notices
 from graftlm.kernels.attention import attention, attention_is_native
 from graftlm.kernels.native import attention_call
+
+from .compiled import compiled
 
 ERROR = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """Of the root mean square of a result, or of 0.1 where that is less: a few roundings."""
@@ -110,17 +111,8 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The source compiled for this machine, or for a lesser one."""
-    compiler = compiling.find_compiler()
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("built") / "library.so"
-    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    flags = ["-O3", "-ffp-contract=off", "-fPIC", "-march=native", *warnings, *VARIANTS[request.param]]
-    command = [compiler, *flags, "-shared", str(attention_call.SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "command-line option" in done.stderr:
-        pytest.skip(f"the compiler does not know {flags[-1]}")
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("built")
+    library = compiled(attention_call.SOURCE, "-march=native", *VARIANTS[request.param], folder=folder)
     loaded = attention_call.load(library)
     if not loaded.graft_attention_state():
         pytest.skip("the processor lacks AVX-512")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from graftlm.core.notices import collected, forget_notices
 from graftlm.kernels import decoding
 from graftlm.kernels.native import call
 from graftlm.kernels.quantised import decode
+
+from .compiled import compiled
 
 KINDS = ("nf4", "fp4", "int8", "fp8", "fp8_block")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,17 +95,8 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The source compiled for this machine, or for a lesser one."""
-    compiler = compiling.find_compiler()
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("built") / "library.so"
-    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    flags = ["-O3", "-ffp-contract=off", "-fPIC", *warnings, *VARIANTS[request.param]]
-    command = [compiler, *flags, "-shared", str(call.SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "command-line option" in done.stderr:
-        pytest.skip(f"the compiler does not know {flags[-1]}")
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("built")
+    library = compiled(call.SOURCE, *VARIANTS[request.param], folder=folder)
     return call.load(library)
 
 

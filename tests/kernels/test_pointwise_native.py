@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,8 @@ from graftlm.kernels import pointwise_cpu as layers
 from graftlm.kernels import pointwise_reference as definitions
 from graftlm.kernels.cross_entropy import linear_cross_entropy
 from graftlm.kernels.native import pointwise_call as native
+
+from .compiled import compiled
 
 VARIANTS = {
     "this machine": ("-march=native",),
@@ -32,17 +33,8 @@ NAMES = (
 @pytest.fixture(scope="module", params=VARIANTS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The source compiled for this machine, or for a lesser one."""
-    compiler = compiling.find_compiler()
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("built") / "library.so"
-    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    flags = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", *warnings, *VARIANTS[request.param]]
-    command = [compiler, *flags, "-shared", str(native.SOURCE), "-o", str(library), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "command-line option" in done.stderr:
-        pytest.skip(f"the compiler does not know {flags[-1]}")
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("built")
+    library = compiled(native.SOURCE, *VARIANTS[request.param], folder=folder)
     return native.load(library)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 from graftlm.core import compiling
 from graftlm.kernels import adapted_products, thin_cpu
 
+from .compiled import compiled
 from .drawn import DTYPES, TOLERANCE, draw, relative
 
 GRAFT = torch.ops.graft
@@ -37,17 +37,10 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The compiled code for such a processor, and without threads of its own."""
-    compiler = compiling.find_compiler()
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("thin") / "library.so"
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"]
-    flags = ["-O3", "-ffp-contract=off", "-fPIC", "-march=native", *warnings, *VARIANTS[request.param]]
-    command = [compiler, *flags, "-shared", str(thin_cpu.SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "command-line option" in done.stderr:
-        pytest.skip(f"the compiler does not know {flags[-1]}")
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("built")
+    library = compiled(
+        thin_cpu.SOURCE, "-march=native", "-Wno-unused-function", *VARIANTS[request.param], folder=folder
+    )
     loaded = thin_cpu._load(library)
     loaded.graft_thin_state()
     if not hasattr(loaded, "graft_thin_gradient"):
