@@ -104,6 +104,7 @@ def ours(given: argparse.Namespace, row: Row, stack: ExitStack) -> Callable[[], 
     from graftlm.methods.attach import attach
     from graftlm.methods.lora import LoraConfig
     from graftlm.models.load import load_model
+    from graftlm.objectives.sft import SftObjective
     from graftlm.training.optim import make_optimizer
     from graftlm.training.recipe import Recipe
     from graftlm.training.step import optimizer_step
@@ -118,7 +119,7 @@ def ours(given: argparse.Namespace, row: Row, stack: ExitStack) -> Callable[[], 
     })  # fmt: skip
     parameters = adapters.named_parameters("default")
     optimizer = make_optimizer(parameters, recipe.train)
-    setup = step_setup(model, recipe, tokens=given.tokens)
+    setup = step_setup(model, SftObjective(model), recipe, tokens=given.tokens)
     row.predicted = setup.recompute.activation_bytes
     model.train()
     stack.enter_context(setup.in_use())

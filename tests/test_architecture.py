@@ -28,6 +28,7 @@ RANKS = {
     "training": 7,
     "evaluation": 7,
     "integrations": 8,
+    "tasks": 8,
     "verbs": 9,
     "api": 10,
     "cli": 11,

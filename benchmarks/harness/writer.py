@@ -89,12 +89,15 @@ def phrases(case: Case) -> list[Example]:
 def real_examples(case: Case) -> list[Example]:
     """The first training examples of a real data set, encoded by `graft tune`: the loss is on the answers."""
     from graftlm.models.load import load_tokenizer
-    from graftlm.training.recipe import DataSection
-    from graftlm.verbs.dataset import read_dataset
+    from graftlm.tasks.sft import SftTask
+    from graftlm.training.recipe import DataSection, ModelSection, Recipe
 
     section = DataSection(path=str(SHARED / "data" / case.data), max_length=case.length)
     tokenizer = load_tokenizer(SHARED / "models" / TOKENIZER)
-    rows = read_dataset(section, 42).encoded(section, tokenizer).train
+    task = SftTask(Recipe(model=ModelSection(name=TOKENIZER), data=section))
+    task.read()
+    task.encode(tokenizer)
+    rows = task.dataset.train
     wanted = case.steps * case.examples
     if len(rows) < wanted:
         raise SystemExit(f"{case.data} has {len(rows)} examples, and {wanted} are needed")

@@ -143,7 +143,7 @@ CASES = [
     Wrong(f"{T} --method qlor", 2, "1 problem", problems=("no such method; did you mean 'qlora'?",)),
     Wrong(f"{T} --method qlora --set model.quantization=none", 2, "1 problem", fix="Correct",
           problems=("method.type: qlora trains on a quantised base, and model.quantization is none",)),
-    Wrong(f"{T} --task dpo", 2, "1 problem", problems=("task: this task is not in this version",)),
+    Wrong(f"{T} --task stf", 2, "1 problem", problems=("no such task; did you mean 'sft'?",)),
     Wrong(f"{T} --set model.quantization=nf5", 2, "1 problem", problems=("'nf4', 'fp4', 'int8' or 'fp8'",)),
     Wrong(f"{T} --set model.load_in_4bit=true", 2, "1 problem", fix="Correct",
           problems=("model.load_in_4bit: unknown key; did you mean 'quantization'?",)),

@@ -14,6 +14,7 @@ from graftlm.formats.layout import FOLDER
 from graftlm.kernels.attention import attention_is_native
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig
+from graftlm.objectives.sft import SftObjective
 from graftlm.quant.convert import quantise
 from graftlm.quant.scheme import Scheme
 from graftlm.testing.models import tiny
@@ -34,7 +35,7 @@ def setting(*overrides: str, dtype: torch.dtype = torch.bfloat16) -> tuple[StepS
     packing = recipe.data.packing
     batches = Batches(rows, rows_per_batch=2, max_length=32, packing=packing, seed=0, pad_token_id=0)
     parameters = {name: item for name, item in model.named_parameters() if item.requires_grad}
-    return step_setup(model, recipe), recipe, batches, parameters, 10**6
+    return step_setup(model, SftObjective(model), recipe), recipe, batches, parameters, 10**6
 
 
 def test_a_short_run_stays_as_it_is() -> None:

@@ -16,6 +16,7 @@ def train(case: Case, ways: frozenset[str], folder: Path, recorder: Recorder) ->
     import torch  # noqa: F401 (what all of this needs, before the clock starts)
 
     from graftlm.models.fusing.fused import KINDS, Fusable
+    from graftlm.objectives.sft import SftObjective
     from graftlm.training.optim import make_optimizer
     from graftlm.training.step import optimizer_step
     from graftlm.verbs.acceleration import accelerated
@@ -31,7 +32,7 @@ def train(case: Case, ways: frozenset[str], folder: Path, recorder: Recorder) ->
     everything = batches_of(case, [example for step in steps for example in step])
     kinds = [] if "eager" in ways else [kind for kind in KINDS if kind_name(kind) not in case.without]
     setup = step_setup(
-        model, recipe, tokens=everything.most_tokens,
+        model, SftObjective(model), recipe, tokens=everything.most_tokens,
         find=lambda model: Fusable(tuple(kind(model) for kind in kinds)),
     )  # fmt: skip
     _, total = adapters.count_parameters()

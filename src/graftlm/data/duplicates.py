@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from graftlm.data.records import Example
+from graftlm.data.records import Example, Record
 
 if TYPE_CHECKING:
     from numpy import uint64
@@ -56,9 +56,7 @@ def find_duplicates(train: Sequence[Example], held_out: Sequence[Example] = ()) 
     exact = _first_equal([tuple((turn.role, turn.text) for turn in example.turns) for example in examples])
     near = {
         index: first
-        for index, first in _first_alike(
-            ["\n".join(turn.text for turn in one.turns) for one in examples]
-        ).items()
+        for index, first in _first_alike([one.text for one in examples]).items()
         if index not in exact
     }
     leaked = {
@@ -71,7 +69,7 @@ def find_duplicates(train: Sequence[Example], held_out: Sequence[Example] = ()) 
     return Duplicates(rows(exact), rows(near), rows(_contradictions(examples)), rows(leaked))
 
 
-def alike(examples: Sequence[Example]) -> list[list[int]]:
+def alike(examples: Sequence[Record]) -> list[list[int]]:
     """Indices of the examples in groups: equal and nearly equal ones together, first seen first."""
     leader = list(range(len(examples)))
 
@@ -82,7 +80,7 @@ def alike(examples: Sequence[Example]) -> list[list[int]]:
         return index
 
     equal = _first_equal([example.key for example in examples])
-    near = _first_alike(["\n".join(turn.text for turn in example.turns) for example in examples])
+    near = _first_alike([example.text for example in examples])
     for index, first in [*equal.items(), *near.items()]:
         leader[find(index)] = find(first)
     groups: dict[int, list[int]] = {}

@@ -45,6 +45,11 @@ class Encoded:
     truncated: bool
 
     @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return len(self.input_ids)
+
+    @property
     def target_tokens(self) -> int:
         """Tokens the loss is taken over."""
         return len(self.labels) - self.labels.count(IGNORED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Style = Literal["chat", "completion", "text"]
 Severity = Literal["error", "warning"]
@@ -25,6 +25,22 @@ class Turn:
     role: str
     text: str
     trained: bool
+
+
+class Record(Protocol):
+    """What every kind of example has, so that it can be split, compared and named in messages."""
+
+    @property
+    def row(self) -> int:
+        """Its 1-based number in the file."""
+
+    @property
+    def key(self) -> str:
+        """Its content without letter case and spacing: equal keys mean "the same row"."""
+
+    @property
+    def text(self) -> str:
+        """All of its text, in which near duplicates are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,11 @@ class Example:
         """
         parts = [f"{turn.role}\x1f{' '.join(turn.text.casefold().split())}" for turn in self.turns]
         return "\x1e".join([*parts, self.tools])
+
+    @property
+    def text(self) -> str:
+        """The text of all turns."""
+        return "\n".join(turn.text for turn in self.turns)
 
     @property
     def answer(self) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 from graftlm.core.errors import DataError
 from graftlm.data.duplicates import alike
-from graftlm.data.records import Example
+from graftlm.data.records import Record
+
+X = TypeVar("X", bound=Record)
 
 
-def split(
-    examples: Sequence[Example], fraction: float, seed: int, minimum: int = 30
-) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[X], fraction: float, seed: int, minimum: int = 30) -> tuple[list[X], list[X]]:
     """Part `examples` into (train, held out), both in their old order.
 
     Held out are `fraction` of the rows but at least `minimum`, and never more than half. Rows that are
@@ -23,7 +24,7 @@ def split(
     Raises:
         DataError: `fraction` is not within [0, 1).
 
-    >>> from graftlm.data.records import Turn
+    >>> from graftlm.data.records import Example, Turn
     >>> rows = [Example((Turn("text", f"story {n}", True),), row=n) for n in range(100)]
     >>> train, held_out = split(rows, fraction=0.1, seed=1)
     >>> len(train), len(held_out)

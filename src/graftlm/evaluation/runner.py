@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,8 @@ class EvaluatedRow:
     prompt: str | None = None
     prediction: str | None = None
     reference: str | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What a task measures besides: the margin of a pair, the length of an answer. By the measure's name."""
 
     @property
     def loss(self) -> float:
@@ -56,6 +58,8 @@ class Evaluation:
     seconds: float
     complete: bool
     logits_path: str
+    measures: tuple[str, ...] = ()
+    """What the task is judged by, the first before all others (see `evaluation.measures`)."""
 
     @property
     def tokens(self) -> int:
@@ -153,16 +157,10 @@ def evaluate(
 
 
 def _row(row: TokenRow, loss_sum: float, tokens: int, answer: Answer | None) -> EvaluatedRow:
-    texts = (
-        {}
-        if answer is None
-        else {
-            "prompt": answer.prompt,
-            "prediction": answer.prediction,
-            "reference": answer.reference,
-        }
-    )
-    return EvaluatedRow(row.row, digest(row), loss_sum, tokens, **texts)
+    if answer is None:
+        return EvaluatedRow(row.row, digest(row), loss_sum, tokens)
+    texts = (answer.prompt, answer.prediction, answer.reference)
+    return EvaluatedRow(row.row, digest(row), loss_sum, tokens, *texts)
 
 
 def _offset(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -14,10 +14,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from graftlm.core.errors import ModelError
+from graftlm.models.ending import TEXT, Ending
 
 
-def family_of(config: Any, name: str) -> Any:
-    """`AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+def family_of(config: Any, name: str, ending: Ending = TEXT) -> Any:
+    """The `Auto...` class of `transformers` whose models have this ending.
 
     Raises:
         ModelError: the checkpoint is neither.

@@ -22,6 +22,7 @@ from graftlm.core.errors import ModelError
 from graftlm.core.notices import notice
 from graftlm.models.architecture import concrete, family_of, generation_config
 from graftlm.models.bars import no_bars
+from graftlm.models.ending import TEXT, Ending
 from graftlm.models.footprint import footprint
 from graftlm.models.load_faults import (
     check_loaded,
@@ -70,13 +71,14 @@ def load_model(
     head: str = SIXTEEN_BIT,
     device: str | torch.device = AUTO,
     placement: str = RESIDENT,
+    ending: Ending = TEXT,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load the base `name` and its tokenizer, ready for adapters.
 
     Args:
         name: a local folder, a hub id, or `"sprout"`, the embedded base.
-        dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
+        dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"`, `"float16"`.
         quantization: `"nf4"`, `"fp4"`, `"int8"` or `"fp8"`: linear layers are quantised while they are
             read, so that memory peaks at the quantised model. None or `"none"`: weights stay as they are
             stored; a base stored quantised (by bitsandbytes or `save_base`) stays so, too.
@@ -84,7 +86,8 @@ def load_model(
         head: `"int8"` or `"fp8"` also store the embeddings and the output head of a quantised base in 8 bits.
         device: `"auto"` is the first GPU, else the CPU.
         placement: where layers lie while a pass does not need them: `"resident"`, all in memory; `"disk"`, in
-            the checkpoint's files (CPU); `"host"`, in the machine's memory (GPU).
+            the checkpoint's files; `"host"`, in the machine's memory.
+        ending: what the base ends in.
         progress: called with (bytes read, bytes in all) while a quantised base is loaded.
 
     Returns:
@@ -106,7 +109,7 @@ def load_model(
         if stored is not None:
             require_equal(stored, scheme, location.name)
         tokenizer = _load_tokenizer(location, config)
-        family = family_of(config, location.name)
+        family = family_of(config, location.name, ending)
         chosen = choose_dtype(dtype, stored=_stored_dtype(location, config), device=where, name=location.name)
         kind = _Kind(family, config, chosen, scheme if stored is None else None, stored is not None)
         if placement == DISK:

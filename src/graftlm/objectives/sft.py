@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from graftlm.core.config import Config
 from graftlm.core.errors import ModelError
-from graftlm.data.batches import WIDTH_STEP, Batch
+from graftlm.data.batches import WIDTH_STEP, Batch, Batches
+from graftlm.data.encode import Encoded
 from graftlm.data.filled import filled
 from graftlm.data.forms import for_attention
 from graftlm.kernels.ops import linear_cross_entropy
 from graftlm.models.fusing.last_rows import only
-from graftlm.objectives.base import LossParts
+from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.packed_head import packed_cross_entropy
 from graftlm.quant.embedding import packed_head
 
@@ -33,19 +35,24 @@ MOST = 0.9
 Path = Literal["frozen head", "packed head", "trained head", "full logits"]
 
 
-class SftObjective:
+FEW = 16
+"""Different tokens in a probe; any vocabulary has as many."""
+
+
+class SftSettings(Config):
+    """Supervised fine-tuning has no settings of its own; the data section says what is trained on."""
+
+
+class SftObjective(Objective[Batch]):
     """Sum of -log p(token) over the labelled tokens of a batch, and their number."""
 
     def __init__(self, model: nn.Module) -> None:
         require_causal(model)
-        self.path: Path
         self.path, self.why = choose_path(model)
-        self.tokens = 0
-        """What flat batches are filled up to at least (`data.filled`), and from there to a multiple of
-        `WIDTH_STEP`: a matrix product of a new shape is prepared anew."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossParts:
         batch = for_attention(batch, attention_of(model), next(model.parameters()).dtype)
+        # A matrix product of a new shape is prepared anew: lengths are multiples of `WIDTH_STEP`.
         whole_steps = -(-batch.labels.shape[1] // WIDTH_STEP) * WIDTH_STEP
         batch = filled(batch, max(self.tokens, whole_steps))
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
@@ -58,6 +65,13 @@ class SftObjective:
             hidden = _labelled(model, batch, rows)
             loss = self._head_loss(model, hidden, labels[rows].to(hidden.device, non_blocking=True))
         return LossParts(loss, batch.target_tokens)
+
+    def probe(self, length: int) -> Batch:
+        """One row with a label on every token."""
+        ids = tuple(number % FEW for number in range(length))
+        row = Encoded(ids, (-100, *ids[1:]), 1, False)
+        layout: dict[str, Any] = {"rows_per_batch": 1, "packing": False, "seed": 0, "pad_token_id": 0}
+        return Batches([row], max_length=length, **layout).batch(0, 0)
 
     def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         head = model.get_output_embeddings()

@@ -12,9 +12,10 @@ from graftlm.core.config import Config, build, override, read_yaml
 from graftlm.methods.full import FullConfig
 from graftlm.methods.lora import LoraConfig
 from graftlm.training.method_section import LATER, QLORA, Method, MethodSection
+from graftlm.training.task_section import TaskChoice, TaskSection
 from graftlm.training.train_section import TrainSection
 
-SHORT = {"model": "name", "data": "path", "method": "type"}
+SHORT = {"model": "name", "data": "path", "task": "type", "method": "type"}
 """What a section means when only a string is given: `model: sprout` and `data: rows.jsonl` are enough."""
 
 
@@ -174,7 +175,7 @@ class Recipe(Config):
 
     model: ModelSection
     data: DataSection
-    task: Literal["auto", "sft"] = "auto"
+    task: TaskSection = TaskChoice.parse("auto")
     method: MethodSection = Method.parse("lora")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -212,14 +213,6 @@ class Recipe(Config):
                 "train.loraplus_lr_ratio speeds up the B matrices of lora and dora only; leave it out"
             )
         return self
-
-    @field_validator("task", mode="before")
-    @classmethod
-    def _only_sft(cls, value: Any) -> Any:
-        known = ("classification", "seq2seq", "dpo", "ipo", "simpo", "orpo", "kto", "reward", "grpo", "ppo")
-        if value in known:
-            raise ValueError(f"this task is {LATER}; available: sft")
-        return value
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

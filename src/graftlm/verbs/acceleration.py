@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from graftlm.core.errors import ConfigError
-from graftlm.data.batches import Batches
 from graftlm.models.fusing.attention import AttentionLayers
 from graftlm.models.fusing.base import FasterPart
 from graftlm.models.fusing.fp8 import fp8_products
@@ -16,6 +16,7 @@ from graftlm.models.fusing.fused import Fusable, fused
 from graftlm.models.fusing.last_rows import LastLayer
 from graftlm.models.regional_compile import Failure, compiled_layers
 from graftlm.quant.facts import device_of, dtype_of
+from graftlm.tasks.base import TaskBatches
 from graftlm.training.compile_choice import CompileChoice, choose_compile, measured_gain
 from graftlm.training.recipe import Recipe
 from graftlm.training.timeline import Timeline
@@ -32,7 +33,11 @@ class Acceleration:
 
 
 def accelerated(
-    setup: StepSetup, recipe: Recipe, batches: Batches, parameters: Mapping[str, nn.Parameter], total: int
+    setup: StepSetup,
+    recipe: Recipe,
+    batches: TaskBatches[Any],
+    parameters: Mapping[str, nn.Parameter],
+    total: int,
 ) -> tuple[StepSetup, Acceleration]:
     """The setup with the parts that the recipe asks for, or that pay.
 
@@ -59,7 +64,7 @@ def accelerated(
     return replace(setup, fusable=found), Acceleration(choice, check)
 
 
-def _compile_choice(setup: StepSetup, recipe: Recipe, batches: Batches, total: int) -> CompileChoice:
+def _compile_choice(setup: StepSetup, recipe: Recipe, batches: TaskBatches[Any], total: int) -> CompileChoice:
     train, asked = recipe.train, recipe.train.compile
     obstacle = _obstacle(setup, recipe)
     if asked == "on" and obstacle:

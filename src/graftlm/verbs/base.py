@@ -9,18 +9,19 @@ from typing import Any, get_args
 from graftlm.core.config import build, read_yaml
 from graftlm.core.environment import cpu_computes_bfloat16
 from graftlm.core.notices import notice
+from graftlm.core.progress import loading
 from graftlm.formats.layout import EXTRA
+from graftlm.models.ending import TEXT, Ending
 from graftlm.models.load import load_model
 from graftlm.models.precision import AUTO, advise_precision, choose_device
 from graftlm.quant.facts import device_of, dtype_of
 from graftlm.quant.scheme import Scheme
 from graftlm.training.recipe import ModelSection, Quantization, Recipe
-from graftlm.verbs.progress import loading
 from graftlm.verbs.references import RECIPE, Reference
 
 
-def load_base(section: ModelSection, name: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer; `name` stands in for the recipe's where a base has moved.
+def load_base(section: ModelSection, name: str | None = None, *, ending: Ending = TEXT) -> tuple[Any, Any]:
+    """Model and tokenizer, with the end that a task needs; `name` stands in for the recipe's name.
 
     Raises:
         ModelError: it cannot be loaded, or cannot be quantised.
@@ -33,6 +34,7 @@ def load_base(section: ModelSection, name: str | None = None) -> tuple[Any, Any]
             quantization=section.quantization,
             double_quant=section.double_quant,
             placement=section.placement,
+            ending=ending,
             progress=tick,
         )
     if section.dtype == AUTO:

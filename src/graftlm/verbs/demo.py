@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graftlm.core.progress import say
 from graftlm.models.sprout import demo_data_path
 from graftlm.verbs.merge import merge
 from graftlm.verbs.outputs import next_free, require_new_output
-from graftlm.verbs.progress import say
 from graftlm.verbs.run_folder import RUNS
 from graftlm.verbs.tune import tune
 from graftlm.verbs.tune_result import TuneResult

@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.core.progress import progress
 from graftlm.evaluation.compare import Comparison, compare
 from graftlm.evaluation.runner import Evaluation
-from graftlm.evaluation.runner import evaluate as run_evaluation
 from graftlm.evaluation.verdict import Verdict, verdict
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach_folder
 from graftlm.models.generate import context_length
+from graftlm.tasks.table import task_of
 from graftlm.training.defaults import fitted_length
 from graftlm.training.recipe import DataSection, Recipe
 from graftlm.verbs.base import load_base, section_of, stored_recipe
-from graftlm.verbs.dataset import encode, read_examples
-from graftlm.verbs.measure import answers_wanted
-from graftlm.verbs.progress import progress
 from graftlm.verbs.references import Reference, adapter_reference
 
 ADAPTER, OTHER = "adapter", "other"
@@ -88,11 +86,13 @@ def evaluate(
     """
     reference = adapter_reference(str(adapter), base)
     recipe = _recipe(reference, str(data))
-    model, tokenizer = load_base(recipe.model, reference.base)
+    task = task_of(recipe)
+    task.read_held_out(limit)
+    model, tokenizer = load_base(recipe.model, reference.base, ending=task.ending)
+    task.require_base(model)
     adapters = attach_folder(model, reference.adapter, ADAPTER, storage=FOLDER)
-    recipe = fitted_length(recipe, context_length(model))
-    examples, _ = read_examples(str(data), recipe.data.format, recipe.data.bad_rows)
-    rows = encode(examples[:limit], recipe.data, tokenizer, "evaluation")
+    task.recipe = fitted_length(task.recipe, context_length(model))
+    task.encode(tokenizer)
     names: list[str] = []
     if against is not None:
         adapters.load(adapter_reference(str(against), reference.base).adapter, OTHER)
@@ -100,16 +100,7 @@ def evaluate(
     found: list[Evaluation] = []
     for active, label in ((names, str(against or "base")), ([ADAPTER], str(adapter))):
         with adapters.activated(active), progress(f"measuring {label}") as tick:
-            found.append(
-                run_evaluation(
-                    model,
-                    tokenizer,
-                    rows,
-                    name=label,
-                    most_answers=answers_wanted(recipe, rows),
-                    progress=tick,
-                )
-            )
+            found.append(task.measure(model, tokenizer, name=label, progress=tick, stop=lambda: False))
     comparison = compare(*found)
     return EvalResult(comparison, verdict(comparison), str(data))
 

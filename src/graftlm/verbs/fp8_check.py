@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from graftlm.core.errors import TrainingError
 from graftlm.core.seeding import capture_rng, restore_rng
 from graftlm.data.batches import Batch
 from graftlm.models.fusing.fp8 import Fp8Products
-from graftlm.objectives.sft import SftObjective
+from graftlm.objectives.base import Objective
 from graftlm.training.step import to_device
 
 LARGEST_CHANGE = 0.01
@@ -38,7 +39,7 @@ class Fp8Check:
 
 def check_fp8(
     model: nn.Module,
-    objective: SftObjective,
+    objective: Objective[Any],
     batch: Batch,
     parameters: Mapping[str, nn.Parameter],
     part: Fp8Products,
@@ -73,7 +74,7 @@ def check_fp8(
 
 
 def _loss_and_gradient(
-    model: nn.Module, objective: SftObjective, batch: Batch, parameters: Mapping[str, nn.Parameter]
+    model: nn.Module, objective: Objective[Any], batch: Batch, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[float, Tensor]:
     """The loss sum and the gradients of all parameters in one vector."""
     device = next(iter(parameters.values())).device

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftlm.data.batches import Batches
 from graftlm.evaluation.report_data import SiteGroup
 from graftlm.formats.fingerprint import scheme_of
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.models.fusing.fused import Fusable
 from graftlm.models.streaming.streamed import RESIDENT, placement_of
-from graftlm.objectives.sft import SftObjective
+from graftlm.objectives.base import Objective
 from graftlm.quant.facts import device_of, dtype_of, is_packed
 from graftlm.quant.weights import WeightHandle
+from graftlm.tasks.base import TaskBatches
+from graftlm.tasks.dataset import Dataset, Row
 from graftlm.training.recipe import Recipe
 from graftlm.training.recompute import RecomputeChoice
 from graftlm.training.timeline import Timeline
 from graftlm.verbs.acceleration import Acceleration
-from graftlm.verbs.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Plan:
     """Base, method, sites, steps and the choices made for this machine, with their reasons."""
 
     base: str
+    task: str
     device: str
     dtype: str
     quantization: str
@@ -81,9 +82,9 @@ def make_plan(
     recipe: Recipe,
     model: nn.Module,
     adapters: AdapterSet,
-    dataset: Dataset,
-    batches: Batches,
-    objective: SftObjective,
+    dataset: Dataset[Row],
+    batches: TaskBatches[Any],
+    objective: Objective[Any],
     recompute: RecomputeChoice,
     fusable: Fusable,
     acceleration: Acceleration,
@@ -93,6 +94,7 @@ def make_plan(
     placement, placement_why = placement_of(model)
     return Plan(
         base=recipe.model.name,
+        task=recipe.task.type,
         device=str(device_of(model)),
         dtype=dtype_name(model),
         quantization=stored_as(model),

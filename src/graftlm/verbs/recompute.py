@@ -8,25 +8,21 @@ from typing import Any, get_args
 
 from torch import nn
 
-from graftlm.data.batches import Batches
-from graftlm.data.encode import Encoded
 from graftlm.models.fusing.fused import Fusable, fused
 from graftlm.models.recompute.policy import Policy
-from graftlm.objectives.sft import SftObjective
+from graftlm.objectives.base import LossParts, Objective
 from graftlm.quant.facts import device_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.recompute import RecomputeChoice, choose
 from graftlm.training.step import to_device
 
-_FEW = 16
-"""Different tokens in a probe; any vocabulary has as many."""
 _BEFORE = {"keep": "nothing", "recompute": "everything"}
 """What plans of earlier versions call two of the policies."""
 
 
 def choose_recompute(
     model: nn.Module,
-    objective: SftObjective,
+    objective: Objective[Any],
     found: Fusable,
     recipe: Recipe,
     *,
@@ -43,13 +39,8 @@ def choose_recompute(
         ConfigError: the recipe names a policy that is not possible for this model on this device.
     """
 
-    def loss_of(length: int) -> Any:
-        """Of one row with a label on every token."""
-        ids = tuple(number % _FEW for number in range(length))
-        row = Encoded(ids, (-100, *ids[1:]), 1, False)
-        layout: dict[str, Any] = {"rows_per_batch": 1, "packing": False, "seed": 0, "pad_token_id": 0}
-        batch = Batches([row], max_length=length, **layout).batch(0, 0)
-        return objective(model, to_device(batch, device_of(model)))
+    def loss_of(length: int) -> LossParts:
+        return objective(model, to_device(objective.probe(length), device_of(model)))
 
     tokens = tokens or recipe.train.per_device_train_batch_size * recipe.data.max_length
     with fused(found):

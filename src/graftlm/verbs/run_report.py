@@ -16,14 +16,16 @@ from graftlm.evaluation.report_data import (
     NextStep,
     Notice,
     ReportData,
+    Sheet,
     TrainingFacts,
     curves_from_events,
 )
 from graftlm.evaluation.verdict import Verdict
+from graftlm.tasks.base import Task
+from graftlm.tasks.dataset import Dataset, Row
 from graftlm.training.loop import TrainResult
 from graftlm.training.memory_phases import MemoryPhases
 from graftlm.training.recipe import Recipe
-from graftlm.verbs.dataset import Dataset
 from graftlm.verbs.memory_report import memory_facts
 from graftlm.verbs.plan import Plan
 from graftlm.verbs.proof import Proof
@@ -33,7 +35,7 @@ from graftlm.verbs.run_folder import RunFolder
 def report_data(
     *,
     recipe: Recipe,
-    dataset: Dataset,
+    task: Task[Any],
     plan: Plan,
     result: TrainResult,
     proof: Proof,
@@ -59,7 +61,8 @@ def report_data(
         training=_training(plan, recipe, result, events),
         memory=memory_facts(events, memory),
         merge=_merge(proof, plan),
-        data=_data(recipe, dataset),
+        data=_data(recipe, task.dataset),
+        sheets=_sheets(task),
         next_steps=_next_steps(folder),
         recipe_yaml=dump_yaml(recipe),
         environment=_environment(),
@@ -108,8 +111,8 @@ def _merge(proof: Proof, plan: Plan) -> MergeCheck | None:
     )
 
 
-def _data(recipe: Recipe, dataset: Dataset) -> DataFacts:
-    lengths = sorted(len(row.input_ids) for row in dataset.train)
+def _data(recipe: Recipe, dataset: Dataset[Row]) -> DataFacts:
+    lengths = sorted(row.tokens for row in dataset.train)
     return DataFacts(
         path=recipe.data.path,
         format=f"{dataset.format.name} ({dataset.format.why})",
@@ -122,6 +125,11 @@ def _data(recipe: Recipe, dataset: Dataset) -> DataFacts:
         truncated_rows=dataset.truncated,
         duplicate_rows=dataset.duplicates,
     )
+
+
+def _sheets(task: Task[Any]) -> tuple[Sheet, ...]:
+    facts = tuple(Fact(name, value) for name, value in task.facts)
+    return (Sheet(f"The task: {task.name}", facts),) if facts else ()
 
 
 def _next_steps(folder: RunFolder) -> tuple[NextStep, ...]:

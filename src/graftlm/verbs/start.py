@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graftlm.data.batches import Batch, Batches
+from graftlm.data.batches import Batch
 from graftlm.data.forms import for_attention
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.adapter_set import AdapterSet
@@ -15,12 +15,15 @@ from graftlm.methods.starts.eva import eva_start
 from graftlm.models.attach import attach_from_base
 from graftlm.objectives.sft import attention_of
 from graftlm.quant.facts import dtype_of
+from graftlm.training.interfaces import BatchSource
 
 BATCHES = 16
 """Micro-batches of the first epoch that are looked at, at most."""
 
 
-def attach_started(model: nn.Module, config: MethodConfig, name: str, batches: Batches) -> AdapterSet:
+def attach_started(
+    model: nn.Module, config: MethodConfig, name: str, batches: BatchSource[Batch]
+) -> AdapterSet:
     """The adapter of `config`, at its start; the same data and seed give the same start."""
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
         return attach_from_base(model, config, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from graftlm.core.allocation import freed_memory_kept
 from graftlm.models.fusing.fused import Fusable, fusable, fused
 from graftlm.models.recompute.policy import Policy, recomputing
 from graftlm.models.streaming.streamed import RESIDENT, placement_of
-from graftlm.objectives.sft import SftObjective
+from graftlm.objectives.base import Objective
 from graftlm.quant.facts import device_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.recompute import RecomputeChoice
@@ -24,7 +25,7 @@ class StepSetup:
     """What `graft tune` decides about the steps of a run; benchmarks decide by the same function."""
 
     model: nn.Module
-    objective: SftObjective
+    objective: Objective[Any]
     fusable: Fusable
     recompute: RecomputeChoice
 
@@ -46,6 +47,7 @@ class StepSetup:
 
 def step_setup(
     model: nn.Module,
+    objective: Objective[Any],
     recipe: Recipe,
     *,
     tokens: int | None = None,
@@ -60,10 +62,8 @@ def step_setup(
         find: which faster parts there are.
 
     Raises:
-        ModelError: the model does not continue text.
         ConfigError: the recipe names a policy that is not possible for this model on this device.
     """
-    objective = SftObjective(model)
     found = find(model)
     choice = choose_recompute(model, objective, found, recipe, tokens=tokens, started_with=started_with)
     return StepSetup(model, objective, found, choice)

@@ -10,9 +10,9 @@ from graftlm.core.environment import describe_environment
 from graftlm.core.events import read_events
 from graftlm.core.files import remove_stale
 from graftlm.core.notices import collected
+from graftlm.core.progress import progress, say
 from graftlm.core.seeding import seed_everything
-from graftlm.data.batches import Batches
-from graftlm.evaluation.compare import compare, forgetting
+from graftlm.evaluation.compare import Forgetting, compare, forgetting
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.verdict import verdict
@@ -22,7 +22,15 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.resolve import resolve
 from graftlm.models.generate import context_length
 from graftlm.models.precision import AUTO, choose_device
-from graftlm.objectives.sft import require_causal
+from graftlm.tasks.base import Task
+from graftlm.tasks.measurement import (
+    KnownText,
+    Measurement,
+    known_from_base,
+    known_from_file,
+    measure_known,
+)
+from graftlm.tasks.table import task_of
 from graftlm.training.defaults import fitted, fitted_length, room_beside
 from graftlm.training.loop import TrainResult, train
 from graftlm.training.low_bit_optim import require_optimizer
@@ -33,17 +41,7 @@ from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
 from graftlm.verbs.acceleration import accelerated
 from graftlm.verbs.base import load_base
-from graftlm.verbs.dataset import Dataset, read_dataset
-from graftlm.verbs.measure import (
-    HeldOutLoss,
-    KnownText,
-    Measurement,
-    known_from_base,
-    known_from_file,
-    measure,
-)
 from graftlm.verbs.plan import dtype_name, make_plan, stored_as
-from graftlm.verbs.progress import say
 from graftlm.verbs.proof import prove
 from graftlm.verbs.recompute import policy_of_plan
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
@@ -94,7 +92,7 @@ class Tuning:
     def __init__(self, folder: RunFolder, recipe: Recipe, stop: StopRequests, resume: Resume) -> None:
         self.folder, self.recipe, self.stop, self.resume = folder, recipe, stop, resume
         self.memory = MemoryPhases(choose_device(AUTO))
-        self.dataset: Dataset
+        self.task: Task[Any]
         self.known: KnownText | None
 
     def run(self) -> TuneResult:
@@ -107,78 +105,88 @@ class Tuning:
         result = self._train(adapters)
         self._halt_if_asked()
         with self.memory.during("evaluate"):
-            after = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
-                            name="adapter", stop=self._halt_if_asked)  # fmt: skip
+            after = self._measure(known, "adapter")
         with self.memory.during("save"):
             self._save(adapters)
         with self.memory.during("verify"):
-            proof = prove(self.model, adapters, self.folder.adapter, self._probes())
-        return self._report(known.source, Outcome(before, after, result, proof))
+            proof = prove(self.model, adapters, self.folder.adapter, self.task.probes(PROBES))
+        return self._report(known.source if known else "", Outcome(before, after, result, proof))
 
     def _load(self) -> None:
-        recipe = self.recipe
-        require_optimizer(recipe.train.optim)
-        raw = read_dataset(recipe.data, recipe.train.seed)  # a wrong path costs no loading of a model
+        require_optimizer(self.recipe.train.optim)
+        self.task = task_of(self.recipe)
+        self.task.read()  # a wrong path costs no loading of a model
+        recipe = self.task.settled()
         with self.memory.during("load"):
-            self.model, self.tokenizer = load_base(recipe.model)
-        require_causal(self.model)
-        recipe = fitted_length(recipe, room_beside(recipe.method.config, context_length(self.model)))
-        self.dataset = raw.encoded(recipe.data, self.tokenizer)
+            self.model, self.tokenizer = load_base(recipe.model, ending=self.task.ending)
+        self.task.require_base(self.model)
+        self.task.recipe = fitted_length(
+            recipe, room_beside(recipe.method.config, context_length(self.model))
+        )
+        self.task.encode(self.tokenizer)
         width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
-        lengths = [len(row.input_ids) for row in self.dataset.train]
-        self.recipe, notes = fitted(recipe, lengths, width)
+        data = self.task.dataset
+        recipe, notes = fitted(self.task.recipe, [row.tokens for row in data.train], width)
+        self.recipe = self.task.recipe = recipe
         # What is wrong with targets or files stops here, before anything is written.
-        resolve(self.model, recipe.method.config)
-        self.known = known_from_file(self.recipe, self.tokenizer)
-        self.folder.write_recipe(self.recipe)
+        resolve(self.model, self.task.method(self.model))
+        self.known = known_from_file(recipe, self.tokenizer) if self.task.keeps_known_text else None
+        self.folder.write_recipe(recipe)
         base = {"dtype": dtype_name(self.model), "quantization": stored_as(self.model)}
         self.folder.write_json(ENVIRONMENT, {**describe_environment().as_dict(), "base": base})
-        data = self.dataset
         say(f"Data   {len(data.train):,} rows to train on, {len(data.held_out):,} held out "
             f"({data.format.name}: {data.format.why})")  # fmt: skip
         for note in notes:
             say(f"       {note}")
 
-    def _measure_base(self) -> tuple[KnownText, Measurement | None]:
+    def _measure_base(self) -> tuple[KnownText | None, Measurement | None]:
         cache = self.folder.evaluation
         remove_stale(cache)
-        openings: Sequence[TokenRow] = self.dataset.held_out
-        known = self.known or known_from_base(
-            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self._halt_if_asked
-        )
+        known = self._known_text(cache) if self.task.keeps_known_text else None
         if not self.recipe.eval.before_after:
             return known, None
-        before = Measurement.load(cache, "base")
+        before = Measurement.load(cache, "base", with_known=known is not None)
         if before is None:
-            before = measure(self.model, self.tokenizer, self.dataset.held_out, known, self.recipe,
-                             name="base", stop=self._halt_if_asked)  # fmt: skip
+            before = self._measure(known, "base")
             before.save(cache)
-        say(f"Base   held-out loss {before.held_out.loss:.3f}, known text {before.known.loss:.3f}")
+        on_known = f", known text {before.known.loss:.3f}" if before.known else ""
+        say(f"Base   held-out loss {before.held_out.loss:.3f}{on_known}")
         return known, before
+
+    def _known_text(self, cache: Path) -> KnownText:
+        openings: Sequence[TokenRow] = self.task.dataset.held_out
+        return self.known or known_from_base(
+            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self._halt_if_asked
+        )
+
+    def _measure(self, known: KnownText | None, name: str) -> Measurement:
+        """The model as it stands: on the held-out rows, and on known text where there is some."""
+        stop = self._halt_if_asked
+        with progress(f"measuring {name}, held out") as tick:
+            held_out = self.task.measure(self.model, self.tokenizer, name=name, progress=tick, stop=stop)
+        if known is None:
+            return Measurement(held_out, None)
+        return Measurement(held_out, measure_known(self.model, self.tokenizer, known, name=name, stop=stop))
 
     def _attach(self) -> AdapterSet:
         recipe = self.recipe
         seed_everything(recipe.train.seed)  # the adapter's start is random, and belongs to the recipe
-        self.batches = Batches(
-            self.dataset.train,
-            rows_per_batch=recipe.train.per_device_train_batch_size,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
-            seed=recipe.train.seed,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        adapters = attach_started(self.model, recipe.method.config, NAME, self.batches)
+        self.batches = self.task.batches(self.tokenizer)
+        adapters = attach_started(self.model, self.task.method(self.model), NAME, self.batches)
         begun = policy_of_plan(self.folder.path / PLAN)
-        self.setup = step_setup(self.model, recipe, tokens=self.batches.most_tokens, started_with=begun)
+        objective = self.task.objective(self.model)
+        self.setup = step_setup(
+            self.model, objective, recipe, tokens=self.batches.most_tokens, started_with=begun
+        )
         trained, (_, total) = adapters.named_parameters(NAME), adapters.count_parameters()
         self.setup, acceleration = accelerated(self.setup, recipe, self.batches, trained, total)
         self.plan = make_plan(
             recipe,
             self.model,
             adapters,
-            self.dataset,
+            self.task.dataset,
             self.batches,
-            self.setup.objective,
+            objective,
             self.setup.recompute,
             self.setup.fusable,
             acceleration,
@@ -190,10 +198,11 @@ class Tuning:
         return adapters
 
     def _train(self, adapters: AdapterSet) -> TrainResult:
-        train_section = self.recipe.train
+        recipe, train_section = self.recipe, self.recipe.train
         fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
         parameters = adapters.named_parameters(NAME)
+        self.task.begin(self.model, adapters, self.folder.path, self._halt_if_asked)
         with self.setup.in_use():
             return train(
                 self.model,
@@ -205,9 +214,9 @@ class Tuning:
                 resume=self.resume,
                 identity={
                     "base": self.recipe.model.name, "dtype": self.plan.dtype,
-                    "quantization": self.plan.quantization, **method,
+                    "quantization": self.plan.quantization, **method, "task": recipe.task.as_dict(),
                 },
-                evaluate=HeldOutLoss(self.model, self.dataset.held_out),
+                evaluate=self.task.held_out_loss(self.model),
                 callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
                 stop=self.stop,
                 lora_b=[
@@ -228,19 +237,13 @@ class Tuning:
             raise KeyboardInterrupt(f"The run is complete up to here. Go on: {self.folder.resume_command}")
         return False
 
-    def _probes(self) -> list[list[int]]:
-        """Held-out rows of different lengths."""
-        rows = sorted(self.dataset.held_out, key=lambda row: len(row.input_ids))
-        chosen = rows[:: max(1, len(rows) // PROBES)][:PROBES]
-        return [list(row.input_ids) for row in chosen]
-
     def _report(self, source: str, found: Outcome) -> TuneResult:
         before, after = found.before, found.after
         comparison = compare(before.held_out, after.held_out) if before else None
-        known = forgetting(before.known, after.known, source=source) if before else None
+        known = _forgotten(before, after, source) if before else None
         judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
         data = report_data(
-            recipe=self.recipe, dataset=self.dataset, plan=self.plan, result=found.result, proof=found.proof,
+            recipe=self.recipe, task=self.task, plan=self.plan, result=found.result, proof=found.proof,
             comparison=comparison, known=known, judged=judged, folder=self.folder,
             events=read_events(self.folder.events), notices=collected(), memory=self.memory,
         )  # fmt: skip
@@ -251,5 +254,12 @@ class Tuning:
         )
         return TuneResult(
             self.folder.path, self.folder.adapter, self.folder.report, text, passed,
-            lines(self.folder, self.dataset, self.plan, found), figures(found),
+            lines(self.folder, self.task.dataset, self.plan, found), figures(found),
         )  # fmt: skip
+
+
+def _forgotten(before: Measurement, after: Measurement, source: str) -> Forgetting | None:
+    """What happened to known text, where it was measured."""
+    if before.known is None or after.known is None:
+        return None
+    return forgetting(before.known, after.known, source=source)

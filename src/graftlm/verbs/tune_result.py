@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.tasks.dataset import Dataset, Row
+from graftlm.tasks.measurement import Measurement
 from graftlm.training.loop import TrainResult
-from graftlm.verbs.dataset import Dataset
-from graftlm.verbs.measure import Measurement
 from graftlm.verbs.plan import Plan
 from graftlm.verbs.proof import Proof
 from graftlm.verbs.run_folder import PLAN, RunFolder
@@ -43,7 +43,7 @@ class Outcome:
     proof: Proof
 
 
-def lines(folder: RunFolder, dataset: Dataset, plan: Plan, found: Outcome) -> tuple[str, ...]:
+def lines(folder: RunFolder, dataset: Dataset[Row], plan: Plan, found: Outcome) -> tuple[str, ...]:
     """One line for each stage."""
     old = f"{found.before.held_out.loss:.3f} to " if found.before else ""
     return (
@@ -72,7 +72,7 @@ def _figures_of(one: Measurement) -> dict[str, Any]:
     match = one.held_out.exact_match
     return {
         "held_out_loss": one.held_out.loss,
-        "known_text_loss": one.known.loss,
+        "known_text_loss": one.known.loss if one.known else None,
         "exact_match": match.interval.value if match else None,
         "held_out_rows": len(one.held_out.rows),
     }

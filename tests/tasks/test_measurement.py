@@ -11,17 +11,18 @@ from runs import KNOWN
 
 from graftlm.core.errors import DataError
 from graftlm.data.encode import Encoded
+from graftlm.evaluation.runner import evaluate
 from graftlm.models.load import load_model
-from graftlm.training.recipe import Recipe, make_recipe
-from graftlm.verbs.measure import (
+from graftlm.tasks.measurement import (
     MOST_ANSWERS,
-    HeldOutLoss,
     Measurement,
     answers_wanted,
     known_from_base,
     known_from_file,
-    measure,
+    measure_known,
 )
+from graftlm.tasks.sft import HeldOutLoss
+from graftlm.training.recipe import Recipe, make_recipe
 
 ROWS = [
     Encoded((5, 6, 7, 8, 9 + row), (-100, -100, 7, 8, 9 + row), row, truncated=False) for row in range(40)
@@ -73,12 +74,14 @@ def test_text_that_the_base_writes_is_whole_or_not_there(base: tuple[Any, Any], 
 def test_kept_and_read_back(base: tuple[Any, Any], tmp_path: Path) -> None:
     known = known_from_file(recipe(f"eval.known_path={KNOWN}"), base[1])
     assert known is not None
-    found = measure(*base, ROWS[:4], known, recipe("eval.metrics=[loss]"), name="base", stop=lambda: False)
-    assert found.held_out.complete and found.known.complete
+    held_out = evaluate(*base, ROWS[:4], name="base", most_answers=0)
+    on_known = measure_known(*base, known, name="base", stop=lambda: False)
+    found = Measurement(held_out, on_known)
+    assert held_out.complete and on_known.complete
     found.save(tmp_path)
-    assert Measurement.load(tmp_path, "base") == found
+    assert Measurement.load(tmp_path, "base", with_known=True) == found
     (tmp_path / "base-known.json").unlink()
-    assert Measurement.load(tmp_path, "base") is None, "half a measurement is none"
+    assert Measurement.load(tmp_path, "base", with_known=True) is None, "half a measurement is none"
 
 
 def test_how_many_answers() -> None:

@@ -13,22 +13,19 @@ from torch import nn
 
 from graftlm.core.errors import DataError
 from graftlm.core.files import write_atomic
+from graftlm.core.progress import progress
 from graftlm.data.sources import read_rows
 from graftlm.evaluation.known_text import known_from_texts, sample_known_text
-from graftlm.evaluation.perplexity import row_losses
 from graftlm.evaluation.rows import TokenRow, Tokens, prompt_and_reference
 from graftlm.evaluation.runner import Evaluation, evaluate
 from graftlm.models.generate import StopFlag
 from graftlm.models.sprout import SPROUT, known_text_path
-from graftlm.training.interfaces import HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
-from graftlm.verbs.progress import progress
 
 SHORT_ANSWER = 64
 """Median length in tokens up to which exact match says something."""
 MOST_ANSWERS = 256
 """Answers generated when nobody asked for exact match by name."""
-ROWS_DURING_TRAINING = 512
 
 
 @dataclass(frozen=True)
@@ -44,43 +41,33 @@ class Measurement:
     """One state of a model on the held-out rows and on known text."""
 
     held_out: Evaluation
-    known: Evaluation
+    known: Evaluation | None
+    """None where the task does not write text."""
 
     def save(self, folder: Path) -> None:
         """Keep it in a run folder, so that a resumed run need not measure the base again."""
         write_atomic(folder / f"{self.held_out.name}-held-out.json", self.held_out.to_json())
-        write_atomic(folder / f"{self.known.name}-known.json", self.known.to_json())
+        if self.known is not None:
+            write_atomic(folder / f"{self.known.name}-known.json", self.known.to_json())
 
     @classmethod
-    def load(cls, folder: Path, name: str) -> Measurement | None:
+    def load(cls, folder: Path, name: str, *, with_known: bool) -> Measurement | None:
         """The inverse of `save`; None if it was never finished."""
-        paths = [folder / f"{name}-held-out.json", folder / f"{name}-known.json"]
+        paths = [folder / f"{name}-held-out.json", folder / f"{name}-known.json"][: 1 + with_known]
         if not all(path.is_file() for path in paths):
             return None
-        return cls(*(Evaluation.from_json(path.read_text(encoding="utf-8")) for path in paths))
+        found = [Evaluation.from_json(path.read_text(encoding="utf-8")) for path in paths]
+        return cls(found[0], found[1] if with_known else None)
 
 
-def measure(
-    model: nn.Module,
-    tokenizer: Any,
-    held_out: Sequence[TokenRow],
-    known: KnownText,
-    recipe: Recipe,
-    *,
-    name: str,
-    stop: StopFlag,
-) -> Measurement:
-    """Evaluate the model as it stands."""
-    with progress(f"measuring {name}, held out") as tick:
-        on_task = evaluate(
-            model, tokenizer, held_out, name=name, most_answers=answers_wanted(recipe, held_out),
-            progress=tick, should_stop=stop,
-        )  # fmt: skip
+def measure_known(
+    model: nn.Module, tokenizer: Any, known: KnownText, *, name: str, stop: StopFlag
+) -> Evaluation:
+    """The loss of the model as it stands on text that the base knew."""
     with progress(f"measuring {name}, known text") as tick:
-        on_known = evaluate(
+        return evaluate(
             model, tokenizer, known.rows, name=name, most_answers=0, progress=tick, should_stop=stop
         )
-    return Measurement(on_task, on_known)
 
 
 def answers_wanted(recipe: Recipe, rows: Sequence[TokenRow]) -> int | None:
@@ -125,18 +112,3 @@ def known_from_base(
         write_atomic(cache, json.dumps([[row.input_ids, row.labels, row.row] for row in sampled]))
     rows = [Tokens(tuple(ids), tuple(labels), row) for ids, labels, row in json.loads(cache.read_text())]
     return KnownText(tuple(rows), "text sampled from the base itself")
-
-
-class HeldOutLoss:
-    """The loss on held-out rows while training; at most `ROWS_DURING_TRAINING` of them, evenly spread."""
-
-    def __init__(self, model: nn.Module, rows: Sequence[TokenRow]) -> None:
-        stride = -(-len(rows) // ROWS_DURING_TRAINING)
-        self.model, self.rows = model, list(rows)[::stride]
-
-    def __call__(self, stop: StopAsked) -> HeldOut | None:
-        found = row_losses(self.model, self.rows, should_stop=stop)
-        if not found.complete:
-            return None
-        tokens = sum(row.tokens for row in found.rows)
-        return HeldOut(sum(row.loss_sum for row in found.rows) / tokens, tokens, len(found.rows))
