@@ -28,6 +28,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from harness.measurement import resident
+
 RESULTS = Path(__file__).parent / "results" / "long_context.csv"
 OURS = ("nothing", "cheap", "feed_forward", "everything")
 PEFT = ("PEFT", "PEFT, checkpointed")
@@ -53,12 +55,6 @@ class Row:
     @property
     def above(self) -> int:
         return self.peak - self.loaded
-
-
-def resident(kind: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def write_model(given: argparse.Namespace, folder: Path) -> None:

@@ -42,6 +42,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.measurement import RESET, resident
 from qlora_memory import Shape, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "streamed.csv"
@@ -67,15 +68,9 @@ class Measured:
     """SHA-256 of losses, gradient norms and trained weights."""
 
 
-def status(*names: str) -> dict[str, int]:
-    """Fields of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return {name: 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in names}  # type: ignore[index]
-
-
-def resident() -> dict[str, int]:
-    now = status("RssAnon", "RssShmem", "RssFile")
-    return {"anonymous": now["RssAnon"] + now["RssShmem"], "mapped": now["RssFile"]}
+def mapped_and_not() -> dict[str, int]:
+    """Resident bytes: of files, and of everything else."""
+    return {"anonymous": resident("RssAnon") + resident("RssShmem"), "mapped": resident("RssFile")}
 
 
 @contextmanager
@@ -85,7 +80,7 @@ def sampled() -> Iterator[dict[str, int]]:
 
     def watch() -> None:
         while not done.wait(0.002):
-            for name, value in resident().items():
+            for name, value in mapped_and_not().items():
                 highest[name] = max(highest[name], value)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -122,8 +117,8 @@ def train(given: argparse.Namespace) -> None:
 
     folder = Path(given.folder)
     load_model("sprout", dtype="bfloat16", quantization="nf4", device="cpu")  # imports, compiles
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts afresh
-    mark, before = status("VmHWM")["VmHWM"], resident()
+    RESET.write_text("5", encoding="utf-8")  # the mark starts afresh
+    mark, before = resident("VmHWM"), mapped_and_not()
     digest = hashlib.sha256()
     seconds: list[float] = []
     reads: list[int] = []
@@ -156,13 +151,13 @@ def train(given: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - began)
             reads.append(read_so_far() - read)
             digest.update(f"{loss.item()!r} {norm.item()!r}".encode())
-    after = status("VmHWM")
+    most = resident("VmHWM")
     for parameter in trained:
         digest.update(parameter.detach().numpy().tobytes())
     largest = max(sum(t.nbytes for t in streamed_tensors(layer)) for layer in streamed_layers(model))
     found = Measured(
         layers=given.layers[0], stored=given.stored, mode=given.train, layer_bytes=largest,
-        peak=after["VmHWM"] - mark,
+        peak=most - mark,
         peak_anonymous=highest["anonymous"] - before["anonymous"],
         peak_mapped=highest["mapped"] - before["mapped"],
         tokens_per_second=ROW / statistics.median(seconds[1:]),

@@ -120,7 +120,8 @@ class Recorder:
 
 
 def resident(kind: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of this process, in bytes; 0 where no system tells."""
+    """`VmRSS` (now), `VmHWM` (the most so far) or another field of this process's status, in bytes; 0 where
+    no system tells."""
     if not STATUS.is_file():
         return 0
     lines = STATUS.read_text(encoding="utf-8").splitlines()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from graftlm.core import compiling
 from graftlm.kernels import gain as module
 from graftlm.kernels import gain_cpu
-from graftlm.kernels.gain import apply_gain, gain_backward, with_gain
+from graftlm.kernels.gain import apply_gain, gain_backward, with_gain, with_gain_on_rows
 
 from .drawn import DTYPES, TOLERANCE, draw, relative
 
@@ -74,6 +74,22 @@ def test_the_compiled_code_gives_the_values_of_the_plain_one(
     assert torch.equal(alone[0][1], found[1]) and torch.equal(alone[1][0], found[0])
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.sampled_from([1, 3, 16, 33, 130]), st.sampled_from(DTYPES), st.booleans())
+def test_a_gain_on_rows_keeps_their_layout(
+    rows: int, columns: int, dtype: torch.dtype, is_transposed: bool
+) -> None:
+    precise = torch.promote_types(dtype, torch.float32)
+    x, gain = draw(rows, columns, dtype=dtype), draw(rows, dtype=precise, seed=2)
+    x = x.t().contiguous().t() if is_transposed else x
+    found = with_gain_on_rows(x, gain)
+    assert found.dtype == dtype and found.stride() == x.stride()
+    exact = gain.double().unsqueeze(1) * x.double()
+    near = torch.finfo(dtype).eps * exact.abs() + 2 * torch.finfo(precise).eps * x.double().abs() + 1e-7
+    for values in (found, module._with_gain_on_rows(x, gain)):
+        assert ((values.double() - exact).abs() <= near).all()
+
+
 def test_special_values() -> None:
     x = torch.tensor([[float("nan"), float("inf"), -0.0, 3e38]])
     for dtype in (torch.float32, torch.bfloat16):
@@ -87,5 +103,6 @@ def test_the_operators_pass_opcheck(dtype: torch.dtype) -> None:
     for given_ in (x, draw(5, 6, dtype=dtype).T):
         torch.library.opcheck(torch.ops.graft.with_gain, (given_, gain, bias))
         torch.library.opcheck(torch.ops.graft.apply_gain, (given_.clone(), gain, None))
+        torch.library.opcheck(torch.ops.graft.with_gain_on_rows, (given_, draw(6)))
         for needs in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(torch.ops.graft.gain_backward, (given_, given_, gain, *needs))

@@ -13,6 +13,8 @@ from graftlm.core.errors import GraftError
 from graftlm.kernels.native import pointwise_call as native
 from graftlm.kernels.ops import linear_cross_entropy
 
+from .drawn import TOLERANCE, draw, relative
+
 
 def problem(
     rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, with_bias: bool
@@ -100,6 +102,23 @@ def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
     torch.testing.assert_close(
         linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_rows=chunk), whole
     )
+
+
+@pytest.mark.parametrize("rows", [255, 257, 320, 330])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_fill_a_matrix_up_count_for_nothing(rows: int, dtype: torch.dtype) -> None:
+    hidden, weight, bias = draw(rows, 9, dtype=dtype), draw(40, 9, dtype=dtype, seed=1), draw(40, seed=2)
+    labels = torch.arange(rows) % 40
+    given = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(given, weight, labels, bias=bias.to(dtype))
+    loss.backward()
+    wide = hidden.double().requires_grad_()
+    logits = wide @ weight.double().t() + bias.to(dtype).double()
+    exact = F.cross_entropy(logits, labels, reduction="sum")
+    exact.backward()
+    assert given.grad is not None and wide.grad is not None and given.grad.shape == (rows, 9)
+    assert abs(loss.item() - exact.item()) < TOLERANCE[dtype] * exact.item()
+    assert relative(given.grad, wide.grad, wide.grad.abs() + 1.0) < TOLERANCE[dtype]
 
 
 def test_no_rows_give_zero_and_an_empty_gradient() -> None:

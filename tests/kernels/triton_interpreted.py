@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.kernels import adapted_products, cross_entropy_cuda, dropout, pointwise_reference
+from graftlm.kernels import cross_entropy_cuda, dropout, pointwise_reference, thin
 from graftlm.kernels.triton import cross_entropy as triton_cross_entropy
 from graftlm.kernels.triton import dropout as triton_dropout
 from graftlm.kernels.triton import forms as triton_forms
@@ -145,7 +145,7 @@ def operators(shape: tuple[int, int], dtype: torch.dtype) -> None:
     y, s = values(rows, 7, dtype=dtype, seed=1), values(2, rows, dtype=dtype, seed=2).t()
     b = values(7, 2, dtype=dtype, seed=3)
     expected = y.double() + 0.5 * s.double() @ b.double().t()
-    adapted_products._add_low_rank_by_triton(y, s, b, 0.5)
+    thin._add_low_rank_by_triton(y, s, b, 0.5)
     close(y, expected, dtype)
     weight, bias = values(30, width, dtype=dtype, seed=4), values(30, dtype=dtype, seed=5)
     hidden, labels = x.contiguous(), torch.arange(rows)

@@ -13,85 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.kernels import thin_cpu
 from graftlm.kernels.dropout import add_dropped, dropped, kept_share
-from graftlm.kernels.gain import apply_gain, gain_backward
-from graftlm.kernels.ops import LIBRARY
-from graftlm.kernels.triton.forms import rows_in_order, triton_form
-
-LIBRARY.define("add_low_rank(Tensor(a!) y, Tensor s, Tensor b, float scale) -> ()")
-LIBRARY.define("thin_gradient(Tensor s, Tensor grad, float scale) -> Tensor")
-LIBRARY.define("thin_gradient_turned(Tensor s, Tensor grad, float scale) -> Tensor")
-
-
-def _add_low_rank(y: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
-    """`y += scale * s b^T`. Shapes: y [T, N], s [T, r] with any row stride, b [N, r], all of one dtype."""
-    y.addmm_(s, b.t(), alpha=scale)
-
-
-def _add_low_rank_compiled(y: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
-    if not thin_cpu.add(y, s, b, scale):
-        _add_low_rank(y, s, b, scale)
-
-
-def _add_low_rank_by_triton(y: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
-    form = triton_form("low_rank_into", y, s, b) if y.stride(1) == 1 else None
-    if form is None:
-        _add_low_rank(y, s, b, scale)
-    else:
-        form(y, y, rows_in_order(s), b, scale)
-
-
-LIBRARY.impl("add_low_rank", _add_low_rank, "CompositeExplicitAutograd")
-LIBRARY.impl("add_low_rank", _add_low_rank_compiled, "CPU")
-LIBRARY.impl("add_low_rank", _add_low_rank_by_triton, "CUDA")
-
-
-@torch.library.register_fake("graft::add_low_rank", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _add_low_rank_shape(y: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
-    return None
-
-
-def _thin_gradient(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    """`scale * s^T grad` in float32 or wider, rounded before too where torch rounds its products.
-
-    Shapes: s [T, r] with any row stride, grad [T, N], both of one dtype -> [r, N].
-    """
-    turned = s.t().contiguous()  # so the product with a wide gradient is faster
-    return (turned @ grad).to(torch.promote_types(s.dtype, torch.float32)).mul_(scale)
-
-
-def _thin_gradient_compiled(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    found = thin_cpu.gradient(s, grad, scale)
-    return _thin_gradient(s, grad, scale) if found is None else found
-
-
-def _thin_gradient_turned(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    """`thin_gradient` with rows for columns, in memory too: [N, r]."""
-    return _thin_gradient(s, grad, scale).t().contiguous()
-
-
-def _thin_gradient_turned_compiled(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    found = thin_cpu.gradient_turned(s, grad, scale)
-    return _thin_gradient_turned(s, grad, scale) if found is None else found
-
-
-LIBRARY.impl("thin_gradient", _thin_gradient, "CompositeExplicitAutograd")
-LIBRARY.impl("thin_gradient", _thin_gradient_compiled, "CPU")
-LIBRARY.impl("thin_gradient_turned", _thin_gradient_turned, "CompositeExplicitAutograd")
-LIBRARY.impl("thin_gradient_turned", _thin_gradient_turned_compiled, "CPU")
-
-
-@torch.library.register_fake("graft::thin_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _thin_gradient_shape(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    precise = torch.promote_types(s.dtype, torch.float32)
-    return s.new_empty(s.shape[1], grad.shape[1], dtype=precise)
-
-
-@torch.library.register_fake("graft::thin_gradient_turned", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _thin_gradient_turned_shape(s: Tensor, grad: Tensor, scale: float) -> Tensor:
-    precise = torch.promote_types(s.dtype, torch.float32)
-    return s.new_empty(grad.shape[1], s.shape[1], dtype=precise)
+from graftlm.kernels.gain import gain_backward, of_gain, with_gain_on_rows
+from graftlm.kernels.thin import add_low_rank, thin_gradient, thin_gradient_and_sums, thin_gradient_turned
 
 
 class Packing(NamedTuple):
@@ -172,9 +96,7 @@ def output(rows: Tensor, s: Tensor, term: Term, part: Parts) -> Tensor:
         y = F.linear(rows, part.stored[0], part.bias)
     else:
         y = torch.ops.graft.quantised_linear(rows, part.stored, *term.packing, part.bias)
-    torch.ops.graft.add_low_rank(y, s, part.b, term.factor)
-    if part.gain is not None:
-        apply_gain(y, part.gain, part.bias)
+    add_low_rank(y, s, part.b, term.factor, part.gain, part.bias)
     if part.shift is not None:
         y += part.shift.to(y.dtype)
     return y
@@ -195,19 +117,34 @@ class Used(NamedTuple):
         """Of an output that was not used."""
         return Parts(stored=(None,) * self.term.stored)
 
-    def through_output(self, grad: Tensor) -> tuple[Tensor, Parts]:
-        """The gradient [T, N] of `W x` and its change, and the gradients of what is applied upon them."""
-        found, flat = self.no_gradients, grad.reshape(-1, grad.shape[-1])
+    def multiplies_weight(self, tokens: int) -> bool:
+        """Whether it is the weight that backward multiplies by the gain, and not the gradient: a dense one
+        with no more values than the gradient has."""
+        width: int = self.part.a.shape[1]
+        return self.term.packing is None and bool(self.part.stored) and width <= tokens
+
+    def through_output(self, grad: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None, Parts]:
+        """The gradient [T, N] of `W x` and its change, a gain that it still has to be multiplied by, and the
+        gradients of what is applied upon them. Shapes: grad [..., N], s [T, r]."""
+        found, flat, gain = self.no_gradients, grad.reshape(-1, grad.shape[-1]), self.part.gain
         if self.need.shift:
             total = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32))
             found = found._replace(shift=total.to(self.term.dtype))
-        if self.part.gain is not None:
-            out = None if self.out is None else self.out.reshape(flat.shape)
-            flat, of_gain = gain_backward(flat, out, self.part.gain, self.part.bias)
-            found = found._replace(gain=of_gain)
+        out = None if self.out is None else self.out.reshape(flat.shape)
+        if gain is not None and not self.multiplies_weight(len(flat)):
+            flat, of_the_gain = gain_backward(flat, out, gain, self.part.bias)
+            found, gain = found._replace(gain=of_the_gain), None
+        elif gain is not None and out is not None:
+            of_b, sums = thin_gradient_and_sums(s, flat, out, self.term.factor)
+            found = found._replace(b=of_b, gain=of_gain(flat, sums, gain, self.part.bias))
+        if self.need.b and found.b is None:
+            found = found._replace(b=thin_gradient_turned(s, flat, self.term.factor))
+        if self.need.b:
+            of_b = found.b if gain is None else found.b * gain.unsqueeze(1)
+            found = found._replace(b=of_b.to(self.term.dtype))
         if self.need.given:
             found = found._replace(given=flat.view(grad.shape))
-        return flat, found
+        return flat, gain, found
 
 
 def gradients(
@@ -224,13 +161,11 @@ def gradients(
         if layer.grad is None:
             found.append(layer.no_gradients)
             continue
-        grad, line = layer.through_output(layer.grad)
-        torch.addmm(own, grad, part.b, beta=0, alpha=term.factor, out=own)
-        if layer.need.b:
-            of_b = torch.ops.graft.thin_gradient_turned(s, grad, term.factor)
-            line = line._replace(b=of_b.to(term.dtype))
+        grad, gain, line = layer.through_output(layer.grad, s)
+        b = part.b if gain is None else with_gain_on_rows(part.b, gain)
+        torch.addmm(own, grad, b, beta=0, alpha=term.factor, out=own)
         if need_x and part.stored:
-            dx = _through_weight(dx, grad, term, part)
+            dx = _through_weight(dx, grad, gain, term, part)
         found.append(line)
     if need_x:
         dx = torch.zeros_like(rows) if dx is None else dx
@@ -242,10 +177,10 @@ def gradients(
     ]
 
 
-def _through_weight(dx: Tensor | None, grad: Tensor, term: Term, part: Parts) -> Tensor:
-    """`grad W`, added to `dx` where there is one."""
+def _through_weight(dx: Tensor | None, grad: Tensor, gain: Tensor | None, term: Term, part: Parts) -> Tensor:
+    """`grad W`, with a gain on the rows of W if there is one, added to `dx` where there is one."""
     if term.packing is None:
-        weight = part.stored[0]
+        weight = part.stored[0] if gain is None else with_gain_on_rows(part.stored[0], gain)
         return grad @ weight if dx is None else dx.addmm_(grad, weight)
     if dx is None:
         new: Tensor = torch.ops.graft.quantised_linear_backward(grad, part.stored, *term.packing)
@@ -265,11 +200,10 @@ def _through_changes(dx: Tensor, ds: Tensor, terms: Sequence[Term], parts: Seque
 
 def _of_a(rows: Tensor, ds: Tensor, terms: Sequence[Term], parts: Sequence[Parts]) -> Sequence[Tensor]:
     """`dS^T drop(x)` of every layer."""
-    product = torch.ops.graft.thin_gradient
     if not any(term.dropout for term in terms):
-        return _split(product(ds, rows, 1.0), parts, dim=0)
+        return _split(thin_gradient(ds, rows, 1.0), parts, dim=0)
     each = zip(terms, parts, _split(ds, parts, dim=1), strict=True)
-    return [product(own, dropped(rows, term.dropout, part.seed), 1.0) for term, part, own in each]
+    return [thin_gradient(own, dropped(rows, term.dropout, part.seed), 1.0) for term, part, own in each]
 
 
 def _stacked(parts: Sequence[Parts]) -> Tensor:

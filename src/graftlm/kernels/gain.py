@@ -19,6 +19,7 @@ from graftlm.kernels.reference import pieces
 
 LIBRARY.define("with_gain(Tensor x, Tensor gain, Tensor? bias) -> Tensor")
 LIBRARY.define("apply_gain(Tensor(a!) y, Tensor gain, Tensor? bias) -> ()")
+LIBRARY.define("with_gain_on_rows(Tensor x, Tensor gain) -> Tensor")
 LIBRARY.define(
     "gain_backward(Tensor grad, Tensor x, Tensor gain, bool need_x, bool need_gain) -> (Tensor, Tensor)"
 )
@@ -42,6 +43,16 @@ def _with_gain(x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 def _apply_gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
     _into(y, y, gain, bias)
+
+
+def _with_gain_on_rows(x: Tensor, gain: Tensor) -> Tensor:
+    """`gain_n x_n` for each row, laid out as x. Shapes: x [N, K] of any layout, gain [N] -> [N, K]."""
+    out = torch.empty_like(x)
+    is_transposed = x.stride(0) < x.stride(1)
+    stored, to, factor = (x.t(), out.t(), gain) if is_transposed else (x, out, gain.unsqueeze(1))
+    for rows in pieces(stored):
+        to[rows] = stored[rows].to(gain.dtype) * (factor if is_transposed else factor[rows])
+    return out
 
 
 def _gain_backward(
@@ -74,6 +85,14 @@ def _apply_gain_compiled(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
         _apply_gain(y, gain, bias)
 
 
+def _with_gain_on_rows_compiled(x: Tensor, gain: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    if x.is_contiguous():
+        return out if gain_cpu.apply_to_rows(out, x, gain) else _with_gain_on_rows(x, gain)
+    done = x.t().is_contiguous() and gain_cpu.apply(out.t(), x.t(), gain, None)
+    return out if done else _with_gain_on_rows(x, gain)
+
+
 def _gain_backward_compiled(
     grad: Tensor, x: Tensor, gain: Tensor, need_x: bool, need_gain: bool
 ) -> tuple[Tensor, Tensor]:
@@ -84,6 +103,7 @@ def _gain_backward_compiled(
 for _name, _definition, _compiled in (
     ("with_gain", _with_gain, _with_gain_compiled),
     ("apply_gain", _apply_gain, _apply_gain_compiled),
+    ("with_gain_on_rows", _with_gain_on_rows, _with_gain_on_rows_compiled),
     ("gain_backward", _gain_backward, _gain_backward_compiled),
 ):
     LIBRARY.impl(_name, _definition, "CompositeExplicitAutograd")
@@ -100,6 +120,11 @@ def _apply_gain_shape(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
     return None
 
 
+@torch.library.register_fake("graft::with_gain_on_rows", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _with_gain_on_rows_shape(x: Tensor, gain: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("graft::gain_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _gain_backward_shape(
     grad: Tensor, x: Tensor, gain: Tensor, need_x: bool, need_gain: bool
@@ -112,22 +137,34 @@ def apply_gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
     torch.ops.graft.apply_gain(y, gain, bias)
 
 
+def with_gain_on_rows(x: Tensor, gain: Tensor) -> Tensor:
+    """`gain_n x_n` for each row, without autograd. Shapes: x [N, K] of any layout, gain [N] -> as x."""
+    result: Tensor = torch.ops.graft.with_gain_on_rows(x, gain)
+    return result
+
+
 def gain_backward(
     grad: Tensor, out: Tensor | None, gain: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `out = gain (y - bias) + bias` for y, and for gain where `out` is given.
 
-    What gain multiplies is recovered from the output, (out - bias) / gain, so that no other tensor of that
-    size has to be kept; where gain is 0 its gradient is 0 too. Shapes: grad, out [T, N], gain, bias [N].
+    Shapes: grad, out [T, N], gain, bias [N].
     """
     of_y, sums = torch.ops.graft.gain_backward(
         grad, grad if out is None else out, gain, True, out is not None
     )
-    if out is None:
-        return of_y, None
+    return of_y, None if out is None else of_gain(grad, sums, gain, bias)
+
+
+def of_gain(grad: Tensor, sums: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient for gain of `out = gain (y - bias) + bias`, from the sums over rows of `grad * out`.
+
+    What gain multiplies is recovered from the output, (out - bias) / gain, so that no other tensor of that
+    size has to be kept; where gain is 0 its gradient is 0 too. Shapes: grad [T, N], the others [N].
+    """
     if bias is not None:
         sums = sums - bias.to(sums.dtype) * grad.sum(0, dtype=sums.dtype)
-    return of_y, torch.where(gain == 0, 0.0, sums / gain)
+    return torch.where(gain == 0, 0.0, sums / gain)
 
 
 class _Gain(torch.autograd.Function):

@@ -30,6 +30,17 @@ def apply(out: Tensor, x: Tensor, gain: Tensor, bias: Tensor | None) -> bool:
     return True
 
 
+def apply_to_rows(out: Tensor, x: Tensor, gain: Tensor) -> bool:
+    """`out_n = gain_n x_n`; False, and nothing done, where the compiled code cannot run."""
+    loaded = _library() if _fits(gain, out, x) else None
+    if loaded is None:
+        return False
+    loaded.graft_gain_on_rows(
+        *(out.data_ptr(), x.data_ptr(), gain.data_ptr(), *x.shape, x.element_size(), torch.get_num_threads())
+    )
+    return True
+
+
 def backward(
     grad: Tensor, x: Tensor, gain: Tensor, need_x: bool, need_gain: bool
 ) -> tuple[Tensor, Tensor] | None:
@@ -67,6 +78,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.graft_gain.argtypes = (*[pointer] * 4, size, size, number, number)
+    loaded.graft_gain_on_rows.argtypes = (*[pointer] * 3, size, size, number, number)
     loaded.graft_gain_backward.argtypes = (*[pointer] * 5, size, size, number, number)
-    loaded.graft_gain.restype = loaded.graft_gain_backward.restype = None
+    loaded.graft_gain.restype = loaded.graft_gain_on_rows.restype = loaded.graft_gain_backward.restype = None
     return loaded

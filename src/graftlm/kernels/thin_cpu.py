@@ -1,4 +1,4 @@
-"""The compiled products of low-rank factors, called with tensors. `adapted_products` defines them."""
+"""The compiled products of low-rank factors, called with tensors. `thin` defines them."""
 
 from __future__ import annotations
 
@@ -25,38 +25,69 @@ class _Matrix(ctypes.Structure):
 
 def add(y: Tensor, s: Tensor, b: Tensor, scale: float) -> bool:
     """`y += scale * s b^T`; False, and nothing done, where the compiled code cannot run."""
+    return _add(y, s, b, scale, None, None)
+
+
+def add_with_gain(y: Tensor, s: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None) -> bool:
+    """`y = gain * (y + scale * s b^T - bias) + bias`; False, and nothing done, where it cannot run."""
+    if gain.dtype != torch.float32 or gain.shape != y.shape[1:]:
+        return False
+    offset = torch.zeros_like(gain) if bias is None else bias.float() * (1.0 - gain)
+    return _add(y, s, b, scale, gain.contiguous(), offset.contiguous())
+
+
+def _add(y: Tensor, s: Tensor, b: Tensor, scale: float, gain: Tensor | None, offset: Tensor | None) -> bool:
     fits = y.shape == (*s.shape[:1], *b.shape[:1]) and s.shape[1:] == b.shape[1:]
     loaded = _library() if fits and _fits(s.shape[-1], y, s, b) else None
     if loaded is None:
         return False
     memory = borrowed(512 * _groups(s.shape[1]) * _groups(y.shape[1]), torch.float32)
     loaded.graft_add_low_rank(
-        *(_matrix(y), _matrix(s), _matrix(b), scale, memory.data_ptr(), torch.get_num_threads())
+        *(_matrix(y), _matrix(s), _matrix(b), scale, _place(gain), _place(offset)),
+        *(memory.data_ptr(), torch.get_num_threads()),
     )
     return True
 
 
 def gradient(s: Tensor, grad: Tensor, scale: float) -> Tensor | None:
     """`scale * s^T grad` in float32; None where the compiled code cannot run."""
-    return _gradient(s, grad, scale, turned=False)
+    return _gradient(s, grad, scale, s.new_empty(s.shape[-1], grad.shape[-1], dtype=torch.float32))
 
 
 def gradient_turned(s: Tensor, grad: Tensor, scale: float) -> Tensor | None:
     """`scale * grad^T s` in float32; None where the compiled code cannot run."""
-    return _gradient(s, grad, scale, turned=True)
+    out = s.new_empty(grad.shape[-1], s.shape[-1], dtype=torch.float32)
+    return _gradient(s, grad, scale, out, is_turned=True)
 
 
-def _gradient(s: Tensor, grad: Tensor, scale: float, *, turned: bool) -> Tensor | None:
+def gradient_and_sums(s: Tensor, grad: Tensor, other: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """`scale * grad^T s`, and the sums over rows of `grad * other`, in float32; None where it cannot run."""
+    out = s.new_empty(grad.shape[-1], s.shape[-1], dtype=torch.float32)
+    sums = out.new_empty(grad.shape[-1])
+    if grad.shape != other.shape or not _fits(s.shape[-1], other):
+        return None
+    found = _gradient(s, grad, scale, out, is_turned=True, other=other, sums=sums)
+    return None if found is None else (found, sums)
+
+
+def _gradient(
+    s: Tensor,
+    grad: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    is_turned: bool = False,
+    other: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Tensor | None:
     loaded = _library() if s.shape[:1] == grad.shape[:1] and _fits(s.shape[-1], s, grad) else None
     if loaded is None:
         return None
-    groups = _groups(s.shape[0]), _groups(grad.shape[1])
-    memory = borrowed(512 * _groups(s.shape[1]) * (groups[0] + 2 * groups[1]), torch.float32)
-    shape = (grad.shape[1], s.shape[1]) if turned else (s.shape[1], grad.shape[1])
-    out = s.new_empty(shape, dtype=torch.float32)
+    groups, deep = (_groups(s.shape[0]), _groups(grad.shape[1])), _groups(s.shape[1])
+    memory = borrowed(512 * deep * (groups[0] + 2 * groups[1]) + 32 * groups[1], torch.float32)
     loaded.graft_thin_gradient(
-        *(_matrix(s), _matrix(grad), scale, out.data_ptr(), turned),
-        *(memory.data_ptr(), torch.get_num_threads()),
+        *(_matrix(s), _matrix(grad), None if other is None else _matrix(other), scale),
+        *(out.data_ptr(), is_turned, _place(sums), memory.data_ptr(), torch.get_num_threads()),
     )
     return out
 
@@ -80,6 +111,10 @@ def _matrix(x: Tensor) -> _Matrix:
     return _Matrix(x.data_ptr(), *x.shape, x.stride(0))
 
 
+def _place(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     loaded = opened(SOURCE, _load, "Products of low-rank factors are computed by plain torch, more slowly.")
@@ -90,8 +125,9 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     if hasattr(loaded, "graft_thin_gradient"):
         matrix, pointer, number = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int
-        loaded.graft_add_low_rank.argtypes = (*[matrix] * 3, ctypes.c_float, pointer, number)
-        rest = (ctypes.c_float, pointer, number, pointer, number)
-        loaded.graft_thin_gradient.argtypes = (matrix, matrix, *rest)
+        scale = ctypes.c_float
+        loaded.graft_add_low_rank.argtypes = (*[matrix] * 3, scale, *[pointer] * 3, number)
+        rest = (pointer, number, pointer, pointer, number)
+        loaded.graft_thin_gradient.argtypes = (*[matrix] * 3, scale, *rest)
         loaded.graft_add_low_rank.restype = loaded.graft_thin_gradient.restype = None
     return loaded

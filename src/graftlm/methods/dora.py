@@ -2,8 +2,8 @@
 
 y = m / |W + s B A| * (W x + s B A x) + bias        |.| per row, a constant for gradients as in the paper
 
-The base layer computes W x as it always does, and B A is never formed: the squared length of a row is
-|W_o|^2 + 2 s B_o . (W A^T)_o + s^2 B_o (A A^T) B_o^T. A row of zeros, of length 0, stays a row of zeros.
+The base layer computes W x as it always does, and B A is never formed (`kernels.lengths`). A row of zeros,
+of length 0, stays a row of zeros.
 
 Dropout acts on the input of B A alone, as in LoRA. (PEFT also drops inputs of the part of W x that the
 magnitudes add.) Without dropout the two agree.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.kernels.adapted import Adapted, Frozen, Given, adapted_linears
+from graftlm.kernels.lengths import changed_lengths
 from graftlm.kernels.ops import row_products
 from graftlm.methods.base import Dense, Part, SiteAdapter
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
@@ -37,7 +38,7 @@ class DoraLinear(SiteAdapter):
         self.lora = lora
         self._rows = KnownRows()
         a, b = lora.factors()
-        self.magnitude = nn.Parameter(lengths(*row_products(weight, a), a, b, lora.scaling))
+        self.magnitude = nn.Parameter(changed_lengths(*row_products(weight, a), a, b, lora.scaling))
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y, bias = base(x, *args, **kwargs), getattr(base, "bias", None)
@@ -53,7 +54,7 @@ class DoraLinear(SiteAdapter):
         lora = self.lora
         a, b = lora.factors()
         squares, products = self._rows.products(WeightHandle(base), a)
-        lengthened = gain(self.magnitude, lengths(squares, products, a, b, lora.scaling))
+        lengthened = gain(self.magnitude, changed_lengths(squares, products, a, b, lora.scaling))
         return Adapted(layer, a, b, lora.scaling, lora.dropout if self.training else 0.0, lengthened)
 
     def saved(self) -> dict[str, Tensor]:
@@ -79,13 +80,13 @@ class DoraEmbedding(SiteAdapter):
         self.lora = lora
         self._rows = KnownRows()
         a, b = lora.factors()
-        self.magnitude = nn.Parameter(lengths(*row_products(table.t(), a), a, b, lora.scaling))
+        self.magnitude = nn.Parameter(changed_lengths(*row_products(table.t(), a), a, b, lora.scaling))
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         a, b = self.lora.factors()
         squares, products = self._rows.products(WeightHandle(base), a, of_columns=True)
-        change = gain(self.magnitude, lengths(squares, products, a, b, self.lora.scaling)) - 1
+        change = gain(self.magnitude, changed_lengths(squares, products, a, b, self.lora.scaling)) - 1
         total = y + self.lora.update(x).to(y.dtype)
         return torch.addcmul(total, total, change.to(y.dtype))
 
@@ -98,19 +99,6 @@ class DoraEmbedding(SiteAdapter):
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         table = self.lora.merged(dense)["weight"]
         return {"weight": table * gain(self.magnitude, torch.linalg.vector_norm(table, dim=0))}
-
-
-@torch.no_grad()
-def lengths(squares: Tensor, products: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Lengths of the rows of W + scale * B A, a constant for autograd.
-
-    Shapes: squares [N] and products [N, r] as `row_products` gives them, a [r, K], b [N, r] -> [N].
-    """
-    a, b = a.to(products.dtype), b.to(products.dtype)
-    device = "cpu" if products.is_meta else products.device.type
-    with torch.autocast(device, enabled=False):  # it would compute the products in 16 bits
-        crossed = products * (2 * scale) + (b @ (a @ a.t())) * scale**2
-    return (squares + (b * crossed).sum(1)).clamp_min(0.0).sqrt()
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -83,6 +83,27 @@ def test_only_labelled_rows_reach_the_last_feed_forward_part(kind: str) -> None:
     assert seen[-1] == batch.target_tokens < seen[0]
 
 
+def test_many_rows_reach_it_in_whole_steps() -> None:
+    """So that products of few shapes have to be prepared; rows that fill up change no gradient."""
+    model = tiny("llama")
+    attach(model, LoraConfig(r=4, init_lora_weights=False), storage=FOLDER)
+    ids, rows = torch.arange(480).view(8, 60) % 40, torch.arange(480).view(8, 60) % 4 != 0
+    seen: list[int] = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = model.model(input_ids=ids, use_cache=False)[0][rows]
+    with last_layer(model).in_use(), only(rows) as wanted:
+        found = model.model(input_ids=ids, use_cache=False)[0]
+    assert wanted.taken and found.shape == (1, 360, *expected.shape[1:]) and seen[-1] == 384
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+    for mine, its in zip(
+        torch.autograd.grad(found.square().sum(), trained),
+        torch.autograd.grad(expected.square().sum(), trained),
+        strict=True,
+    ):
+        assert (mine - its).norm() <= 1e-4 * its.norm() + 1e-6
+
+
 @pytest.mark.parametrize("policy", ["cheap", "feed_forward", "everything"])
 def test_with_recomputation(policy: Policy) -> None:
     model = tiny("llama", num_hidden_layers=3)

@@ -1,5 +1,6 @@
 /* Products with a thin side, of bfloat16 matrices on a CPU: what low-rank factors add to an output, and the gradients
- * of the factors. `adapted_products.py` beside this folder has the definitions.
+ * of the factors; a gain on the output's columns and the sums for its gradient go along. `thin.py` beside this folder
+ * has the definitions.
  *
  * Wide matrices are read once, in strips of 32 columns. Each value is summed in one order by one thread, whatever their
  * number. Called by thin_cpu.py. */
@@ -14,6 +15,7 @@ int graft_thin_state(void) { return 0; }
 #else
 #define DEEPEST 3 /* steps of 32 ranks: thin_cpu.py passes no more */
 #define BLOCK 3   /* groups of tokens whose part of a strip is packed at a time */
+#define ROWS 4    /* tokens whose products with others are summed at a time */
 
 /* 0: this code is of no use on this processor. So it is with instructions for bfloat16 but no matrix unit: the library
    behind torch is faster there. 1: wide registers serve, 2: a matrix unit serves. */
@@ -49,26 +51,44 @@ static void pack_factor(const Matrix *b, int64_t first, uint16_t *to) {
     }
 }
 
-/* Adds `scale` times sums, tiles of even and of odd columns, to up to 32 rows of one strip of y. */
-static void add_sums(const float *sums, __m512 scale, int64_t count, __mmask32 some, uint16_t *y, int64_t row) {
-    __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                     20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512i high = _mm512_set1_epi32(-65536);
+/* 32 values for columns, those of the even ones and of the odd ones. */
+typedef struct {
+    __m512 even, odd;
+} Halves;
+
+static inline Halves halves(const float *from, __mmask32 some) {
+    __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    __m512 first = _mm512_maskz_loadu_ps((__mmask16)some, from);
+    __m512 second = _mm512_maskz_loadu_ps((__mmask16)(some >> 16), from + 16);
+    __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    return (Halves){_mm512_permutex2var_ps(first, evens, second), _mm512_permutex2var_ps(first, odds, second)};
+}
+
+/* Adds `scale` times sums, tiles of even and of odd columns, to up to 32 rows of one strip of y; with a gain for each
+   column, multiplies by it then and adds an offset. */
+static inline __attribute__((always_inline)) void add_sums(const float *sums, __m512 scale, const float *gain,
+                                                           const float *offset, int64_t count, __mmask32 some,
+                                                           uint16_t *y, int64_t row) {
+    Halves factor, more;
+    if (gain) factor = halves(gain, some), more = halves(offset, some);
     for (int64_t i = 0; i < count; i++, y += row) {
         const float *sum = sums + i / 16 * 512 + i % 16 * 16;
         __m512i old = _mm512_maskz_loadu_epi16(some, y);
-        __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(old, 16));
-        __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(old, high));
-        even = _mm512_fmadd_ps(scale, _mm512_load_ps(sum), even);
-        odd = _mm512_fmadd_ps(scale, _mm512_load_ps(sum + 256), odd);
-        _mm512_mask_storeu_epi16(y, some, _mm512_permutexvar_epi16(order, rounded(even, odd)));
+        __m512 even = _mm512_fmadd_ps(scale, _mm512_load_ps(sum), evens_of(old));
+        __m512 odd = _mm512_fmadd_ps(scale, _mm512_load_ps(sum + 256), odds_of(old));
+        if (gain) {
+            even = _mm512_fmadd_ps(factor.even, even, more.even);
+            odd = _mm512_fmadd_ps(factor.odd, odd, more.odd);
+        }
+        _mm512_mask_storeu_epi16(y, some, interleaved(even, odd));
         _mm_prefetch((const char *)(y + 32), _MM_HINT_T0);
     }
 }
 
-/* y += scale * s b^T: y [T, N], s [T, r], b [N, r]. `memory`: 2048 bytes for every 32 of N, times r / 32, both
-   rounded up; aligned to 64. */
-void graft_add_low_rank(const Matrix *y, const Matrix *s, const Matrix *b, float scale, uint16_t *memory, int threads) {
+/* y += scale * s b^T; unless `gain` is null, then y = gain * y + offset. Shapes: y [T, N], s [T, r], b [N, r], gain and
+   offset [N]. `memory`: 2048 bytes for every 32 of N, times r / 32, both rounded up; aligned to 64. */
+void graft_add_low_rank(const Matrix *y, const Matrix *s, const Matrix *b, float scale, const float *gain,
+                        const float *offset, uint16_t *memory, int threads) {
     (void)threads;
     int64_t deep = (s->columns + 31) / 32, strips = groups_of(y->columns);
     __m512 factor = _mm512_set1_ps(scale);
@@ -87,22 +107,64 @@ void graft_add_low_rank(const Matrix *y, const Matrix *s, const Matrix *b, float
             for (int64_t n = 0; n < strips; n++) {
                 Side right = {memory + 2 * TILE * deep * n, TILE, 2 * TILE};
                 multiply(left, right, deep, (Sums){sums, 512, 256}, 0);
-                add_sums(sums, factor, count, columns_of(y->columns - 32 * n), y->at + first * y->row + 32 * n, y->row);
+                __mmask32 some = columns_of(y->columns - 32 * n);
+                uint16_t *to = y->at + first * y->row + 32 * n;
+                if (gain) add_sums(sums, factor, gain + 32 * n, offset + 32 * n, count, some, to, y->row);
+                else add_sums(sums, factor, 0, 0, count, some, to, y->row);
             }
         }
         end();
     }
 }
 
-/* 32 rows of a strip as tiles on the right. Pairs of rows are interleaved within each 128 bits, so that the tiles hold
-   columns 0-3, 8-11, ... and 4-7, 12-15, ... */
-static void pack_strip(const uint16_t *from, int64_t row, int64_t count, __mmask32 some, uint16_t *to) {
+/* A strip of up to 32 rows and columns of a matrix. */
+typedef struct {
+    const uint16_t *at;
+    int64_t row, count;
+    __mmask32 some;
+} Strip;
+
+static inline Strip strip_of(const Matrix *x, int64_t row, int64_t column) {
+    return (Strip){x->at + row * x->row + column, x->row, x->rows - row, columns_of(x->columns - column)};
+}
+
+/* Two rows of a strip as pairs of values. They are interleaved within each 128 bits, so that the registers hold columns
+   0-3, 8-11, ... and 4-7, 12-15, ... */
+typedef struct {
+    __m512i low, high;
+} Pairs;
+
+static inline Pairs pairs_of(Strip strip, int64_t i) {
+    __m512i one = _mm512_setzero_si512(), other = one;
+    if (i < strip.count) one = _mm512_maskz_loadu_epi16(strip.some, strip.at + i * strip.row);
+    if (i + 1 < strip.count) other = _mm512_maskz_loadu_epi16(strip.some, strip.at + (i + 1) * strip.row);
+    return (Pairs){_mm512_unpacklo_epi16(one, other), _mm512_unpackhi_epi16(one, other)};
+}
+
+/* 32 rows of a strip as tiles on the right. */
+static void pack_strip(Strip strip, uint16_t *to) {
     for (int64_t i = 0; i < GROUP; i += 2, to += 32) {
-        __m512i one = _mm512_setzero_si512(), other = one;
-        if (i < count) one = _mm512_maskz_loadu_epi16(some, from + i * row);
-        if (i + 1 < count) other = _mm512_maskz_loadu_epi16(some, from + (i + 1) * row);
-        _mm512_store_si512(to, _mm512_unpacklo_epi16(one, other));
-        _mm512_store_si512(to + TILE, _mm512_unpackhi_epi16(one, other));
+        Pairs pairs = pairs_of(strip, i);
+        _mm512_store_si512(to, pairs.low);
+        _mm512_store_si512(to + TILE, pairs.high);
+    }
+}
+
+/* Adds, for each column of some strips, the products of up to ROWS values in x and in `other` to a sum. Rows are read from
+   one end to the other: so memory has the next values ready. */
+static void add_column_sums(const Matrix *x, const Matrix *other, int64_t row, int64_t begun, int64_t ended,
+                            float *sums) {
+    for (int64_t n = begun; n < ended; n++) {
+        Strip strip = strip_of(x, row, 32 * n), more = strip_of(other, row, 32 * n);
+        __m512 low = _mm512_load_ps(sums + 32 * n), high = _mm512_load_ps(sums + 32 * n + 16);
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < ROWS; i += 2) {
+            Pairs pairs = pairs_of(strip, i), others = pairs_of(more, i);
+            low = add_products(low, pairs.low, others.low);
+            high = add_products(high, pairs.high, others.high);
+        }
+        _mm512_store_ps(sums + 32 * n, low);
+        _mm512_store_ps(sums + 32 * n + 16, high);
     }
 }
 
@@ -135,16 +197,20 @@ static inline __attribute__((always_inline)) void multiply_upper(Side left, Side
     multiply_wide(left, right, steps, to, add);
 }
 
-/* Columns in order, times `scale`, into a strip of out, [ranks, row]. */
-static void put_sums(const float *sums, __m512 scale, int64_t ranks, int64_t left, float *out, int64_t row) {
+/* 32 values of columns as pairs have them, in order, times `scale`. */
+static inline void put_columns(__m512 low, __m512 high, __m512 scale, __mmask32 some, float *out) {
     __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    __mmask32 some = columns_of(left);
+    low = _mm512_mul_ps(scale, low), high = _mm512_mul_ps(scale, high);
+    _mm512_mask_storeu_ps(out, (__mmask16)some, _mm512_permutex2var_ps(low, first, high));
+    _mm512_mask_storeu_ps(out + 16, (__mmask16)(some >> 16), _mm512_permutex2var_ps(low, second, high));
+}
+
+/* Columns in order, times `scale`, into a strip of out, [ranks, row]. */
+static void put_sums(const float *sums, __m512 scale, int64_t ranks, int64_t left, float *out, int64_t row) {
     for (int64_t i = 0; i < ranks; i++, out += row) {
         const float *sum = sums + i / 16 * 512 + i % 16 * 16;
-        __m512 low = _mm512_mul_ps(scale, _mm512_load_ps(sum)), high = _mm512_mul_ps(scale, _mm512_load_ps(sum + 256));
-        _mm512_mask_storeu_ps(out, (__mmask16)some, _mm512_permutex2var_ps(low, first, high));
-        _mm512_mask_storeu_ps(out + 16, (__mmask16)(some >> 16), _mm512_permutex2var_ps(low, second, high));
+        put_columns(_mm512_load_ps(sum), _mm512_load_ps(sum + 256), scale, columns_of(left), out);
     }
 }
 
@@ -165,14 +231,15 @@ static void put_sums_turned(const float *sums, __m512 scale, int64_t ranks, int6
     }
 }
 
-/* out = scale * s^T grad: s [T, r], grad [T, N], out in float32, [r, N] or, `turned`, [N, r]. `memory`, aligned to
-   64: r / 32 times 2048 bytes for every 32 of T and 4096 for every 32 of N, all rounded up. */
-void graft_thin_gradient(const Matrix *s, const Matrix *grad, float scale, float *out, int turned, uint16_t *memory,
-                         int threads) {
+/* out = scale * s^T grad: s [T, r], grad [T, N], out in float32, [r, N] or, `turned`, [N, r]. Unless `other` [T, N] is
+   null, the sums over rows of grad * other go to `column_sums` [N]. `memory`, aligned to 64: r / 32 times 2048 bytes
+   for every 32 of T and 4096 for every 32 of N, and 128 for every 32 of N, all rounded up. */
+void graft_thin_gradient(const Matrix *s, const Matrix *grad, const Matrix *other, float scale, float *out, int turned,
+                         float *column_sums, uint16_t *memory, int threads) {
     (void)threads;
     int64_t deep = (s->columns + 31) / 32, groups = groups_of(s->rows), strips = groups_of(grad->columns);
     int64_t size = 2 * TILE * deep; /* of a packed group of s */
-    float *sums = (float *)(memory + groups * size);
+    float *sums = (float *)(memory + groups * size), *totals = sums + 1024 * deep * strips;
     __m512 factor = _mm512_set1_ps(scale);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -182,17 +249,22 @@ void graft_thin_gradient(const Matrix *s, const Matrix *grad, float scale, float
         thread = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
         int64_t begun = strips * thread / all, ended = strips * (thread + 1) / all;
+        if (other) memset(totals + 32 * begun, 0, 128 * (size_t)(ended - begun));
         begin();
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++)
             pack(s->at + GROUP * group * s->row, s->row, s->rows - GROUP * group, s->columns,
                  (Packed){.columns = memory + group * size});
         for (int64_t group = 0; group < groups; group += BLOCK) {
-            int64_t here = least(BLOCK, groups - group);
+            int64_t here = least(BLOCK, groups - group), last = least(GROUP * (group + here), s->rows);
+            for (int64_t row = GROUP * group; other && row < last; row += ROWS)
+                add_column_sums(grad, other, row, begun, ended, totals);
+            for (int64_t row = GROUP * group; !other && row < last; row++) /* else strips wait for memory */
+                for (int64_t n = begun; n < ended; n++)
+                    _mm_prefetch((const char *)(grad->at + row * grad->row + 32 * n), _MM_HINT_T1);
             for (int64_t n = begun; n < ended; n++) {
                 for (int64_t i = 0, row = GROUP * group; i < here; i++, row += GROUP)
-                    pack_strip(grad->at + row * grad->row + 32 * n, grad->row, grad->rows - row,
-                               columns_of(grad->columns - 32 * n), packed + 2 * TILE * i);
+                    pack_strip(strip_of(grad, row, 32 * n), packed + 2 * TILE * i);
                 for (int64_t step = 0; step < deep; step++) {
                     Side left = {memory + group * size + 2 * TILE * step, TILE, size};
                     Side right = {packed, TILE, 2 * TILE};
@@ -203,7 +275,11 @@ void graft_thin_gradient(const Matrix *s, const Matrix *grad, float scale, float
             }
         }
         end();
-        for (int64_t n = begun; n < ended; n++)
+        for (int64_t n = begun; n < ended; n++) {
+            const float *total = totals + 32 * n;
+            if (other)
+                put_columns(_mm512_load_ps(total), _mm512_load_ps(total + 16), _mm512_set1_ps(1.0f),
+                            columns_of(grad->columns - 32 * n), column_sums + 32 * n);
             for (int64_t step = 0; step < deep; step++) {
                 const float *from = sums + 1024 * (n * deep + step);
                 int64_t rank = 32 * step, column = 32 * n, row = turned ? s->columns : grad->columns;
@@ -211,6 +287,7 @@ void graft_thin_gradient(const Matrix *s, const Matrix *grad, float scale, float
                 if (turned) put_sums_turned(from, factor, ranks, left, out + column * row + rank, row);
                 else put_sums(from, factor, ranks, left, out + rank * row + column, row);
             }
+        }
     }
 }
 #endif

@@ -84,6 +84,20 @@ static inline __m512i rounded(__m512 first, __m512 second) {
 #endif
 }
 
+/* Of 32 values, those of the even columns and of the odd ones. */
+static inline __m512 evens_of(__m512i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(values, 16)); }
+
+static inline __m512 odds_of(__m512i values) {
+    return _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(-65536)));
+}
+
+/* The same back in order, rounded. */
+static inline __m512i interleaved(__m512 even, __m512 odd) {
+    __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                     20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rounded(even, odd));
+}
+
 /* 2^x to 1e-7 of itself; 0 far below. */
 static inline __m512 power(__m512 x) {
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

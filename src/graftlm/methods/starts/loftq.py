@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from graftlm.core.errors import ConfigError
+from graftlm.kernels.lengths import changed_lengths
 from graftlm.kernels.ops import row_products
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import Layer, Part
-from graftlm.methods.dora import DoraLinear, lengths
+from graftlm.methods.dora import DoraLinear
 from graftlm.methods.low_rank import LoraLinear
 from graftlm.methods.site import base_modules
 from graftlm.methods.starts.initialise import LoftQConfig, Start, shared_out
@@ -109,7 +110,7 @@ def _correct(layer: Layer, part: Part, original: Tensor) -> Correction:
     lora.lora_A.copy_(start.a)
     lora.lora_B.copy_(start.b)
     if isinstance(part, DoraLinear):
-        part.magnitude.copy_(lengths(*row_products(stored, start.a), start.a, start.b, lora.scaling))
+        part.magnitude.copy_(changed_lengths(*row_products(stored, start.a), start.a, start.b, lora.scaling))
     size = float(weight.norm()) or 1.0
     left = lost - lora.scaling * (start.b @ start.a)
     return Correction(layer.path, float(lost.norm()) / size, float(left.norm()) / size)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.kernels.few_shapes import missing_rows
 from graftlm.methods.families import Block, blocks_of
 from graftlm.methods.site import base_modules
 from graftlm.models.recompute.exchange import exchanged
@@ -129,7 +130,10 @@ def _around(end: Callable[..., Tensor], plain: Callable[..., Any]) -> Callable[.
             return plain(hidden_states, *args, **kwargs)
         wanted.taken = True
         index = wanted.rows.flatten().nonzero().flatten()  # on the host, as labels are: no waiting
-        return end(hidden_states, index.to(hidden_states.device, non_blocking=True), **kwargs)
+        count = len(index)
+        index = torch.cat([index, index[:1].expand(missing_rows(count, hidden_states.device))])
+        found = end(hidden_states, index.to(hidden_states.device, non_blocking=True), **kwargs)
+        return found[:, :count]
 
     return forward
 
