@@ -34,6 +34,12 @@ class Problem:
     shared: int = 0
     window: int | None = None
     seed: int = 0
+    above: tuple[int, ...] = ()
+    """Beside `lengths`, the document that each one continues, or -1."""
+
+    @property
+    def parents(self) -> Tensor | None:
+        return torch.tensor(self.above) if self.above else None
 
     @property
     def starts(self) -> Tensor:
@@ -55,11 +61,16 @@ class Problem:
 
 
 def definition(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In one matrix, masked."""
+    """In one matrix, masked. Documents count from 1 here, as `bucketize` does."""
     token = torch.arange(len(q))
     document = torch.bucketize(token, problem.starts, right=True)
-    distance = token.unsqueeze(1) - token
-    seen = (distance >= 0) & (document.unsqueeze(1) == document)
+    lengths = torch.tensor(problem.lengths)
+    above = torch.tensor(problem.above or [-1] * len(lengths))
+    position = token - problem.starts[document - 1]
+    position += torch.where(above < 0, 0, lengths[above])[document - 1]
+    distance = position.unsqueeze(1) - position
+    related = (document.unsqueeze(1) == document) | (above[document - 1].unsqueeze(1) == document - 1)
+    seen = (distance >= 0) & related
     if problem.window is not None:
         seen &= distance < problem.window
     seen = torch.nn.functional.pad(seen, (problem.shared, 0), value=True)
@@ -72,7 +83,8 @@ def results(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients."""
     *inputs, grad = problem.inputs(dtype)
     inputs = [x.requires_grad_() for x in inputs]
-    out = attention(*inputs, problem.starts, scale=problem.scale, window=problem.window)
+    bounds, parents = problem.starts, problem.parents
+    out = attention(*inputs, bounds, scale=problem.scale, window=problem.window, parents=parents)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
@@ -89,16 +101,27 @@ def check(problem: Problem, dtype: torch.dtype) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    lengths = st.integers(1, 70) | st.sampled_from([31, 32, 33, 64, 127, 128, 129, 256, 257, 300])
+    length = st.integers(1, 70) | st.sampled_from([31, 32, 33, 64, 127, 128, 129, 256, 257, 300])
+    lengths = tuple(draw(st.lists(length, min_size=1, max_size=6)))
     return Problem(
-        tuple(draw(st.lists(lengths, min_size=1, max_size=4))),
+        lengths,
         heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 4])),
         width=draw(st.sampled_from([8, 16, 20, 32, 64, 80, 96, 128, 256])),
         shared=draw(st.sampled_from([0, 0, 0, 1, 31, 32, 33, 70, 257])),
         window=draw(st.sampled_from([None, None, None, 1, 2, 31, 32, 33, 64, 100])),
         seed=draw(st.integers(0, 2**31)),
+        above=draw(st.just(()) | families(len(lengths))),
     )
+
+
+@st.composite
+def families(draw: st.DrawFn, count: int) -> tuple[int, ...]:
+    """Which document each one continues: any in front that continues none itself, or none."""
+    above: list[int] = []
+    for number in range(count):
+        above.append(draw(st.sampled_from([-1, *(other for other in range(number) if above[other] < 0)])))
+    return tuple(above)
 
 
 VARIANTS = {
@@ -187,6 +210,7 @@ def threads() -> Iterator[None]:
         Problem((700, 1, 33, 257), 3, 2, 80, shared=40),
         Problem((1500,), 1, 2, 64),
         Problem((900,), 1, 1, 32, window=70),
+        Problem((300, 50, 33, 128, 70, 9), 2, 2, 64, shared=5, above=(-1, 0, -1, 0, 2, 2)),
     ],
 )
 def test_the_same_bits_with_any_number_of_threads(problem: Problem) -> None:
@@ -250,20 +274,27 @@ def test_what_is_kept_for_backward() -> None:
     assert sorted(x.numel() for x in kept if x.data_ptr() not in known) == [3, 60 * 4]
 
 
+@pytest.mark.parametrize("parents", [False, True], ids=["apart", "continued"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_operators(dtype: torch.dtype) -> None:
-    problem = Problem((40, 20), 2, 2, 16, shared=3)
+def test_operators(dtype: torch.dtype, parents: bool) -> None:
+    above = (-1, 0) if parents else ()
+    problem = Problem((40, 20), 2, 2, 16, shared=3, above=above)
     q, k, v, grad = problem.inputs(dtype)
-    rest = (problem.starts, problem.scale, 17)
+    rest = (problem.starts, problem.parents, problem.scale, None if parents else 17)
     out, lse = torch.ops.graft.attention(q, k, v, *rest)
     torch.library.opcheck(torch.ops.graft.attention, (q, k, v, *rest))
     torch.library.opcheck(torch.ops.graft.attention_backward, (grad, q, k, v, out, lse, *rest))
 
 
 def test_gradients_by_differences() -> None:
-    problem = Problem((5, 3), 1, 2, 4, shared=2)
+    problem = Problem((5, 3, 2), 1, 2, 4, shared=2)
     inputs = [x.requires_grad_() for x in problem.inputs(torch.float64)[:3]]
-    assert torch.autograd.gradcheck(lambda *x: attention(*x, problem.starts, scale=0.7, window=4), inputs)
+
+    def run(*x: Tensor) -> Tensor:
+        parents = torch.tensor([-1, 0, 0])
+        return attention(*x, problem.starts, scale=0.7, window=4, parents=parents)
+
+    assert torch.autograd.gradcheck(run, inputs)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -284,6 +315,32 @@ def test_autocast_decides_the_type() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(q, k.bfloat16(), v, problem.starts, scale=0.25)
     assert torch.equal(found, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), problem.starts, scale=0.25))
+
+
+def test_a_document_that_continues_another_is_its_end() -> None:
+    """Two answers to a prompt give what each gives behind the prompt alone, and so do their gradients."""
+    both = Problem((45, 20, 37), 2, 2, 16, above=(-1, 0, 0))
+    q, k, v, grad = both.inputs(torch.float64)
+    prompt, first, second = range(45), range(45, 65), range(65, 102)
+    found = results(both, torch.float64)
+    wanted = [torch.zeros_like(each) for each in found]
+    for answer in (first, second):
+        alone = torch.tensor([*prompt, *answer])
+        parts = [x[alone].detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*parts, torch.tensor([0, len(alone)]), scale=both.scale)
+        upstream = grad[alone] * torch.where(alone < 45, 0.5, 1.0).view(-1, 1, 1)
+        gradients = torch.autograd.grad(out, parts, upstream)
+        wanted[0][alone] = out.detach()
+        for total, gradient in zip(wanted[1:], gradients, strict=True):
+            total[alone] += gradient
+    for mine, value in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_without_tokens(dtype: torch.dtype) -> None:
+    """An answer that is empty, a prompt that is, and keys before all that nobody's query sees alone."""
+    check(Problem((40, 0, 20, 0, 33), 1, 2, 16, shared=3, above=(-1, 0, 0, -1, 3)), dtype)
 
 
 def test_no_tokens() -> None:
@@ -308,6 +365,10 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(TrainingError, match="fit together"):
             attention(q, k, k, bounds, scale=1.0, window=window)
+    three = torch.tensor([0, 1, 2, 4])
+    for parents in ([-1, 0], [-1, 1, 0], [-1, 0, 1], [-2, 0, 0], [-1, 0, 0.0]):
+        with pytest.raises(TrainingError, match="fit together"):
+            attention(q, q, q, three, scale=1.0, parents=torch.tensor(parents))
 
 
 def test_why_it_is_not_native() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
 
-from graftlm.data.batches import Batch
+from graftlm.data.batches import WIDTH_STEP, Batch
 from graftlm.data.encode import IGNORED
+from graftlm.data.forms import PARENTS
+
+B = TypeVar("B", bound=Batch)
 
 
-def filled(batch: Batch, tokens: int) -> Batch:
+def filled(batch: B, tokens: int) -> B:
     """The flat batch with padding as one last document, so that it has `tokens` tokens; as it is if it has.
 
     Nothing looks at padding, and it has no label: loss and gradients are the same, its arithmetic is wasted.
@@ -27,7 +31,8 @@ def filled(batch: Batch, tokens: int) -> Batch:
     if starts is None or missing <= 0:
         return batch
     ids, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
-    behind = torch.arange(missing, device=positions.device).unsqueeze(0)
+    # Few positions: padding may be longer than the context of a model that has a table of them.
+    behind = torch.arange(missing, device=positions.device).remainder_(WIDTH_STEP).unsqueeze(0)
     inputs = {
         **batch.inputs,
         "input_ids": F.pad(ids, (0, missing)),
@@ -36,4 +41,6 @@ def filled(batch: Batch, tokens: int) -> Batch:
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in batch.inputs:
             inputs[name] = F.pad(batch.inputs[name], (0, 1), value=tokens)
+    if PARENTS in batch.inputs:
+        inputs[PARENTS] = F.pad(batch.inputs[PARENTS], (0, 1), value=-1)
     return replace(batch, inputs=inputs, labels=F.pad(batch.labels, (0, missing), value=IGNORED))

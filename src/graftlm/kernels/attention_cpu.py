@@ -22,14 +22,20 @@ def attention_is_native(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    parents: Tensor | None,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_reference.attention`, compiled."""
-    compiled = _compiled(q, k, v, scale)
+    compiled = _compiled(q, k, v, parents, scale, window)
     if compiled is None:
-        return attention_reference.attention(q, k, v, starts, scale, window)
-    bounds = attention_reference.bounds_of(starts, len(q))
-    return attention_call.forward(compiled, _rows(q), _rows(k), _rows(v), bounds, scale, window)
+        return attention_reference.attention(q, k, v, starts, parents, scale, window)
+    documents = attention_reference.documents_of(starts, parents, len(q))
+    return attention_call.forward(compiled, _rows(q), _rows(k), _rows(v), documents, scale, window)
 
 
 def attention_backward(
@@ -40,20 +46,25 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     starts: Tensor,
+    parents: Tensor | None,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_reference.attention_backward`, compiled."""
-    compiled = _compiled(q, k, v, scale)
+    compiled = _compiled(q, k, v, parents, scale, window)
     if compiled is None:
-        return attention_reference.attention_backward(grad, q, k, v, out, lse, starts, scale, window)
-    bounds = attention_reference.bounds_of(starts, len(q))
+        return attention_reference.attention_backward(grad, q, k, v, out, lse, starts, parents, scale, window)
+    documents = attention_reference.documents_of(starts, parents, len(q))
     q, k, v, out, lse = _rows(q), _rows(k), _rows(v), _rows(out), lse.contiguous()
-    return attention_call.backward(compiled, _rows(grad), q, k, v, out, lse, bounds, scale, window)
+    return attention_call.backward(compiled, _rows(grad), q, k, v, out, lse, documents, scale, window)
 
 
-def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> ctypes.CDLL | None:
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, parents: Tensor | None, scale: float, window: int | None
+) -> ctypes.CDLL | None:
     """The compiled code, if these are what it takes for granted."""
+    if parents is not None and window is not None:
+        return None
     if {k.dtype, v.dtype} != {q.dtype} or scale <= 0 or attention_is_native(q.dtype, q.shape[-1]) is not None:
         return None
     found = attention_call.library()

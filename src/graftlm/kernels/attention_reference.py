@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,27 +16,47 @@ ROWS = 256
 """Queries whose scores exist at a time."""
 
 
+class Document(NamedTuple):
+    """First and last token of a document, and of the one that it continues (none: 0, 0)."""
+
+    first: int
+    last: int
+    above_first: int
+    above_last: int
+
+
 @dataclass(frozen=True)
 class _Block:
-    """Queries `rows` of one document and the tokens `keys` that some of them see, behind the shared ones."""
+    """Queries `rows` of a document and what some of them see behind the shared keys: all of the document
+    `above`, and the tokens `keys` of their own.
+    """
 
+    document: Document
     rows: slice
     keys: slice
 
+    @property
+    def above(self) -> slice:
+        return slice(self.document.above_first, self.document.above_last)
+
     def select(self, x: Tensor, shared: int) -> Tensor:
         """Of keys or values [P + T, H, D]: those of the block, in float32 or better."""
-        own = x[shared + self.keys.start : shared + self.keys.stop]
-        return _precise(own if shared == 0 else torch.cat([x[:shared], own]))
+        own = x[shared:]
+        return _precise(torch.cat([x[:shared], own[self.above], own[self.keys]]))
 
     def add(self, total: Tensor, part: Tensor, shared: int) -> None:
         """Adds what `select` took to where it came from."""
+        own, count = total[shared:], self.above.stop - self.above.start
         total[:shared] += part[:shared]
-        total[shared + self.keys.start : shared + self.keys.stop] += part[shared:]
+        own[self.above] += part[shared : shared + count]
+        own[self.keys] += part[shared + count :]
 
     def hidden(self, shared: int, window: int | None, device: torch.device) -> Tensor:
-        """Whether a query does not see a key. Shape: [queries, P + keys]."""
+        """Whether a query does not see a key. Shape: [queries, P + above + keys]."""
         rows = torch.arange(self.rows.start, self.rows.stop, device=device).unsqueeze(1)
-        keys = torch.arange(self.keys.start, self.keys.stop, device=device)
+        first, count = self.document.first, self.above.stop - self.above.start
+        above = torch.arange(first - count, first, device=device)  # counted as if it stood right before
+        keys = torch.cat([above, torch.arange(self.keys.start, self.keys.stop, device=device)])
         hidden = keys > rows
         if window is not None:
             hidden |= keys <= rows - window
@@ -43,13 +64,19 @@ class _Block:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    parents: Tensor | None,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes: as `attention.attention` -> [T, Hq, D] and the logarithm of each sum of weights [Hq, T]."""
     shared, heads = len(k) - len(q), k.shape[1]
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], len(q)), dtype=_precise(q[:0]).dtype)
-    for block in _blocks(bounds_of(starts, len(q)), window):
+    for block in _blocks(documents_of(starts, parents, len(q)), window):
         scores = _scores(q, k, block, scale, window)
         sums = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - sums.unsqueeze(-1))
@@ -67,6 +94,7 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     starts: Tensor,
+    parents: Tensor | None,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +106,7 @@ def attention_backward(
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))
     grouped = lse.unflatten(0, (heads, -1))
-    for block in _blocks(bounds_of(starts, len(q)), window):
+    for block in _blocks(documents_of(starts, parents, len(q)), window):
         weights = torch.exp(_scores(q, k, block, scale, window) - grouped[..., block.rows].unsqueeze(-1))
         wide = _precise(grad[block.rows]).unflatten(1, (heads, -1))
         means = (wide * out[block.rows].unflatten(1, (heads, -1))).sum(-1).permute(1, 2, 0)
@@ -92,32 +120,44 @@ def attention_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def bounds_of(starts: Tensor, tokens: int) -> list[int]:
-    """Where documents start and the last one ends.
+def documents_of(starts: Tensor, parents: Tensor | None, tokens: int) -> list[Document]:
+    """The documents, in their order.
 
     Raises:
-        TrainingError: they do not rise from 0 to the number of tokens.
+        TrainingError: starts do not rise from 0 to the number of tokens, or a parent is not a document in
+            front that has no parent itself.
     """
     bounds: list[int] = starts.tolist()
+    above: list[int] = [-1] * (len(bounds) - 1) if parents is None else parents.tolist()
     if bounds[:1] != [0] or bounds[-1] != tokens or bounds != sorted(bounds):
         raise TrainingError(
             f"Documents start at {bounds[:5]} ... {bounds[-2:]}, of {tokens} tokens.",
             meaning="Documents and tokens do not fit together: starts rise from 0 to the number of tokens.",
             fix="Give the cumulative lengths of the documents, 0 first.",
         )
-    return bounds
+    if len(above) != len(bounds) - 1 or any(
+        not -1 <= parent < number or (parent >= 0 and above[parent] >= 0)
+        for number, parent in enumerate(above)
+    ):
+        raise TrainingError(
+            f"{len(bounds) - 1} documents continue {above[:8]}.",
+            meaning="Documents and parents do not fit together: a parent stands in front, and has none.",
+            fix="Give the number of the document that each one continues, or -1.",
+        )
+    spans = [*pairwise(bounds), (0, 0)]  # the last one stands for no parent
+    return [Document(*spans[number], *spans[parent]) for number, parent in enumerate(above)]
 
 
-def _blocks(bounds: list[int], window: int | None) -> Iterator[_Block]:
-    for first, last in pairwise(bounds):
-        for start in range(first, last, ROWS):
-            stop = min(start + ROWS, last)
-            oldest = first if window is None else max(first, start - window + 1)
-            yield _Block(slice(start, stop), slice(oldest, stop))
+def _blocks(documents: list[Document], window: int | None) -> Iterator[_Block]:
+    for document in documents:
+        for start in range(document.first, document.last, ROWS):
+            stop = min(start + ROWS, document.last)
+            oldest = document.first if window is None else max(document.first, start - window + 1)
+            yield _Block(document, slice(start, stop), slice(oldest, stop))
 
 
 def _scores(q: Tensor, k: Tensor, block: _Block, scale: float, window: int | None) -> Tensor:
-    """Scaled scores of a block. Shape: [Hkv, Hq / Hkv, queries, P + keys]."""
+    """Scaled scores of a block. Shape: [Hkv, Hq / Hkv, queries, P + above + keys]."""
     shared = len(k) - len(q)
     rows = _precise(q[block.rows]).unflatten(1, (k.shape[1], -1))
     scores = scale * torch.einsum("nhgd,mhd->hgnm", rows, block.select(k, shared))

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graftlm.kernels.buffers import borrowed
+from graftlm.kernels.few_shapes import missing_rows
 from graftlm.kernels.native import pointwise_call as native
+from graftlm.kernels.reference import pieces
 
 ROWS = 2048
 """Hidden states that pass over the vocabulary together."""
@@ -45,11 +48,15 @@ def linear_cross_entropy(
     `need_grad`). The loss is float32 (float64 for float64). At most `chunk_rows` x V logits exist at a time,
     and never more than `LOGITS`.
     """
+    return head_cross_entropy(hidden, dense_head(weight), bias, labels, chunk_rows * len(weight), need_grad)
+
+
+def dense_head(weight: Tensor) -> FrozenHead:
+    """The head of a weight [V, K] in 16 bits or more."""
     vocabulary, width = weight.shape
-    head = FrozenHead(
+    return FrozenHead(
         (vocabulary, width), lambda *span: weight[slice(*span)], lambda index: weight[index], vocabulary
     )
-    return head_cross_entropy(hidden, head, bias, labels, chunk_rows * vocabulary, need_grad)
 
 
 def head_cross_entropy(
@@ -60,14 +67,14 @@ def head_cross_entropy(
     grad = hidden.new_empty(hidden.shape if need_grad else 0)
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
-        passed = _pass_over(hidden[rows], head, bias, labels[rows], min(logits, LOGITS), need_grad)
-        loss += passed.loss()
+        passed = pass_over(hidden[rows], head, bias, labels[rows], min(logits, LOGITS), gather=need_grad)
+        loss += passed.losses().sum()
         if passed.gathered is not None:
             grad[rows] = passed.gradient(passed.gathered, head.rows(labels[rows]))
     return loss, grad
 
 
-class _Passed:
+class Passed:
     """What is carried from piece to piece, for each row. The label's own column is kept apart: p - 1 would
     cancel where p is near 1."""
 
@@ -79,6 +86,8 @@ class _Passed:
         """Sum of e^(logit - largest) over all but the label, and the logit of the label."""
         self.gathered: Tensor | None = None
         """Rows of the head, weighed by those exponentials and summed."""
+        self.weights, self.weighed = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
+        """Sums of those exponentials as they were rounded, and of them times the logits, where wanted."""
 
     def take(self, logits: Tensor, first: int) -> Tensor:
         """The logits [T, n] of columns `first` and on become exponentials, with a zero at the label. Returns
@@ -109,26 +118,59 @@ class _Passed:
         else:
             self.gathered.mul_(shrink.unsqueeze(1)).add_(part)
 
-    def loss(self) -> Tensor:
-        """Sum over the rows."""
-        return (self.largest + self._total().log() - self.of_label).sum()
+    def weigh(self, exponentials: Tensor, logits: Tensor, shrink: Tensor) -> None:
+        """Add a piece's share to what the entropy needs. Shapes: [T, n] both."""
+        for total in (self.weights, self.weighed):
+            total.mul_(shrink)
+        for rows in pieces(logits):
+            weights, values = (x[rows].to(self.largest.dtype) for x in (exponentials, logits))
+            self.weights[rows] += weights.sum(1)
+            self.weighed[rows] += values.mul_(weights).sum(1)
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first rows."""
+        for name, values in vars(self).items():
+            if values is not None:
+                setattr(self, name, values[:count])
+
+    def losses(self) -> Tensor:
+        """-log p(label) of each row. Shape: [T]."""
+        return self.largest + self._total().log() - self.of_label
 
     def gradient(self, gathered: Tensor, of_labels: Tensor) -> Tensor:
-        """Shapes: gathered [T, K], which is overwritten, the head's rows of the labels [T, K] -> [T, K]."""
+        """Of the losses. Shapes: gathered [T, K], which is overwritten, the head's rows of labels [T, K]."""
         pulled = of_labels.to(gathered.dtype).mul_(self.others.unsqueeze(1))
         return gathered.sub_(pulled).div_(self._total().unsqueeze(1))
+
+    def entropies(self, losses: Tensor) -> Tensor:
+        """Mean of -log p over the vocabulary, in which no large numbers cancel. Shapes: [T] both."""
+        log_total = losses + self.of_label
+        of_others = (log_total * self.weights - self.weighed) / self._total()
+        return of_others + losses * torch.exp(-losses)
 
     def _total(self) -> Tensor:
         return self.others + (self.of_label - self.largest).exp()
 
 
-def _pass_over(
-    hidden: Tensor, head: FrozenHead, bias: Tensor | None, labels: Tensor, logits: int, need_grad: bool
-) -> _Passed:
-    passed, vocabulary = _Passed(hidden, labels), head.shape[0]
+def pass_over(
+    hidden: Tensor,
+    head: FrozenHead,
+    bias: Tensor | None,
+    labels: Tensor,
+    logits: int,
+    *,
+    gather: bool,
+    weigh: bool = False,
+    scale: float = 1.0,
+) -> Passed:
+    """Rows [T, K] over the whole vocabulary, at most `logits` logits at a time, which `scale` multiplies."""
+    count, extra = len(hidden), missing_rows(len(hidden), hidden.device)
+    if extra:
+        hidden, labels = F.pad(hidden, (0, 0, 0, extra)), F.pad(labels, (0, extra))
+    passed, vocabulary = Passed(hidden, labels), head.shape[0]
     step = max(1, min(logits // len(hidden), head.most_lines, vocabulary))
     step -= step % 64 if step < vocabulary and step > 64 else 0  # whole tiles of a matrix product
-    room, part = _room(len(hidden) * step, hidden), hidden.new_empty(hidden.shape if need_grad else 0)
+    room, part = _room(len(hidden) * step, hidden), hidden.new_empty(hidden.shape if gather else 0)
     for start in range(0, vocabulary, step):
         stop = min(start + step, vocabulary)
         weight, piece = head.lines(start, stop), room[: len(hidden) * (stop - start)].view(len(hidden), -1)
@@ -136,9 +178,15 @@ def _pass_over(
             torch.mm(hidden, weight.t(), out=piece)
         else:
             torch.addmm(bias[start:stop], hidden, weight.t(), out=piece)
+        if scale != 1:
+            piece.mul_(scale)
+        values = piece.clone() if weigh else piece
         shrink = passed.take(piece, start)
-        if need_grad:
+        if weigh:
+            passed.weigh(piece, values, shrink)
+        if gather:
             passed.gather(torch.mm(piece, weight, out=part), shrink)
+    passed.keep(count)
     return passed
 
 

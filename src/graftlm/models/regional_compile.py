@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import TrainingError
 from graftlm.core.notices import notice
+from graftlm.data.forms import PARENTS
 from graftlm.methods.families import blocks_of
 from graftlm.methods.site import base_modules
 from graftlm.models.recompute.exchange import exchanged
@@ -101,7 +102,9 @@ class _Compiler:
             if self.has_failed or not is_training or has_virtual:
                 return own(hidden_states, *args, **kwargs)
             if isinstance(starts, Tensor):
-                torch._dynamo.maybe_mark_dynamic(starts, 0)  # how many documents there are
+                for numbers in (starts, kwargs.get(PARENTS)):
+                    if isinstance(numbers, Tensor):
+                        torch._dynamo.maybe_mark_dynamic(numbers, 0)  # how many documents there are
             try:
                 return compiled(layer, hidden_states, *args, **kwargs)
             except self.errors as error:

@@ -58,11 +58,11 @@ class SftObjective(Objective[Batch]):
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
         rows = labels != -100
         if self.path == "full logits":
-            logits = _rows(model(**batch.inputs, use_cache=False).logits, rows)
+            logits = take_rows(model(**batch.inputs, use_cache=False).logits, rows)
             targets = labels[rows].to(logits.device, non_blocking=True)
             loss = _chunked(_sum_of_cross_entropies, logits, targets, logits.shape[-1])
         else:
-            hidden = _labelled(model, batch, rows)
+            hidden = wanted_states(model, batch.inputs, rows)
             loss = self._head_loss(model, hidden, labels[rows].to(hidden.device, non_blocking=True))
         return LossParts(loss, batch.target_tokens)
 
@@ -75,7 +75,7 @@ class SftObjective(Objective[Batch]):
 
     def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         head = model.get_output_embeddings()
-        vocabulary = _vocabulary(head)
+        vocabulary = vocabulary_of(head)
         if self.path == "frozen head":
             chunk = rows_per_chunk(vocabulary)
             return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, chunk_rows=chunk)
@@ -94,8 +94,8 @@ def require_causal(model: nn.Module) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder model.",
-            meaning="This version continues text: it trains and talks to causal language models only.",
-            fix="Choose a base whose architecture ends in ForCausalLM.",
+            meaning="Here a causal model continues a text; this one writes a target to a source.",
+            fix="Use --task seq2seq, or choose a base whose architecture ends in ForCausalLM.",
         )
 
 
@@ -126,16 +126,18 @@ def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return hidden
 
 
-def _labelled(model: Any, batch: Batch, rows: Tensor) -> Tensor:
-    """Hidden states of the rows with a label: [R, H]. The model may leave the others out at its end."""
-    if batch.target_tokens > MOST * rows.numel():
-        return _rows(hidden_states(model, batch.inputs), rows)
+def wanted_states(model: Any, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Hidden states of some rows [R, H], those that a boolean [B, T] names: of the tokens that something is
+    predicted from. The model may leave the others out at its end.
+    """
+    if int(rows.sum()) > MOST * rows.numel():
+        return take_rows(hidden_states(model, inputs), rows)
     with only(rows) as wanted:
-        hidden = hidden_states(model, batch.inputs)
-    return hidden[0] if wanted.taken else _rows(hidden, rows)
+        hidden = hidden_states(model, inputs)
+    return hidden[0] if wanted.taken else take_rows(hidden, rows)
 
 
-def _rows(values: Tensor, wanted: Tensor) -> Tensor:
+def take_rows(values: Tensor, wanted: Tensor) -> Tensor:
     """Those rows [R, N] of [B, T, N] that a boolean [B, T] names; where it is on the host, nobody waits."""
     index = wanted.flatten().nonzero().flatten().to(values.device, non_blocking=True)
     return values.flatten(0, 1).index_select(0, index)
@@ -146,7 +148,7 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(16, LOGITS_PER_CHUNK // vocabulary)
 
 
-def _vocabulary(head: Any) -> int:
+def vocabulary_of(head: Any) -> int:
     """How many logits a head gives, without decoding the weight of a packed one."""
     return int(head.weight.shape[0] if packed_head(head) is None else head.out_features)
 
@@ -160,7 +162,7 @@ def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
     """
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return False
-    vocabulary = _vocabulary(head)
+    vocabulary = vocabulary_of(head)
     ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
     was_training = model.training
     model.eval()

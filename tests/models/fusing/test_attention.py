@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from graftlm.core.errors import ModelError
 from graftlm.data.batches import Batch, Batches
+from graftlm.data.branches import Branched, branch_batch
 from graftlm.data.encode import Encoded
 from graftlm.data.forms import flat
 from graftlm.formats.layout import FOLDER
-from graftlm.kernels.attention import attention_is_native
+from graftlm.kernels.attention import attention, attention_is_native
 from graftlm.methods.adaption_prompt import AdaptionPromptConfig
 from graftlm.methods.attach import attach
 from graftlm.methods.base import MethodConfig
@@ -27,6 +29,7 @@ from graftlm.methods.prefix import PrefixTuningConfig
 from graftlm.methods.prompt import PromptTuningConfig
 from graftlm.models.fusing import document_attention
 from graftlm.models.fusing.attention import attention_layers
+from graftlm.objectives.log_probs import AnswerLogProbs
 from graftlm.objectives.sft import SftObjective, attention_of
 from graftlm.testing.models import DECODER, VOCABULARY, batch, tiny
 from graftlm.training.step import to_device
@@ -318,7 +321,7 @@ def test_windows_as_the_attention_of_torch_counts_them(
         return whole._one_by_one(q, k, v, whole.window)
 
     def window_attention(starts: Tensor, size: int | None, scale: float) -> Any:
-        return document_attention._Documents(starts, starts.int(), scale, size, 0.0)
+        return document_attention._Documents(starts, starts.int(), None, scale, size, 0.0)
 
     q, k, v = torch.randn(11, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
     documents = window_attention(torch.tensor([0, 7, 11]), window, 0.5)
@@ -331,6 +334,52 @@ def test_windows_as_the_attention_of_torch_counts_them(
     assert asked[0]["longest"] == (7, 7) and asked[0]["enable_gqa"]
     behind_a_prefix = documents.attended(q[:11], torch.cat([k[:2], k]), torch.cat([v[:2], v]))
     assert behind_a_prefix[1] == "document by document"
+
+
+def test_documents_that_continue_another_in_the_attention_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It aligns queries and keys at their ends, where there are fewer of the former."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen = []
+        for (start, stop), (first, last) in zip(*(pairwise(ends.tolist()) for ends in rest[:2]), strict=True):
+            one = [x.transpose(0, 1) for x in (q[start:stop], k[first:last], v[first:last])]
+            mask = torch.ones(stop - start, last - first).tril(last - first - (stop - start)).bool()
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *one, attn_mask=mask, scale=options["scale"], enable_gqa=True
+            )
+            seen.append(out.transpose(0, 1))
+            assert rest[2] >= stop - start and rest[3] >= last - first
+        return torch.cat(seen)
+
+    q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
+    starts, parents = torch.tensor([0, 5, 7, 11, 14]), torch.tensor([-1, 0, -1, 0])
+    documents = document_attention._Documents(starts, starts.int(), parents, 0.5, None, 0.0)
+    expected, way = documents.attended(q, k, v)
+    assert way == "document by document"
+    by_operator = attention(q, k, v, starts, scale=0.5, parents=parents)
+    torch.testing.assert_close(expected, by_operator, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(document_attention, "way_of", lambda x: "torch varlen")
+    monkeypatch.setattr(document_attention, "_varlen", lambda: varlen)
+    found, way = documents.attended(q, k, v)
+    assert way == "torch varlen"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_to_one_prompt_on_cuda(kind: str) -> None:
+    model = make(kind, **({"head_dim": 16} if kind != "gpt2" else {})).to("cuda", torch.bfloat16)
+    attach(model, LORA, storage=FOLDER)
+    row = Branched(tuple(range(3, 20)), (tuple(range(5, 14)), (7, 8), (9,)), 1, truncated=False)
+    batch = to_device(branch_batch([row], 0), torch.device("cuda"))
+    log_probs, layers = AnswerLogProbs(model), attention_layers(model)
+    if not layers.summary.endswith("(torch varlen)"):
+        pytest.skip(layers.summary)
+    expected = log_probs(model, batch).log_probs
+    with layers.in_use():
+        found = log_probs(model, batch).log_probs
+        found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ int graft_attention_state(void) { return 0; }
 int graft_attention_state(void) { return 1 + allow_tiles(); }
 
 typedef struct {
-    uint16_t *keys, *values, *key_columns;                        /* of all tokens, shared ones first */
+    uint16_t *keys, *values, *key_columns;                        /* those in front, then a document's own */
     uint16_t *q_lanes, *q_pairs, *grad_lanes, *grad_pairs;        /* of all queries of a head */
     float *lse, *means, *dq, *dk, *dv;                            /* lse in powers of two */
     uint16_t *weights, *gradients, *pairs;                        /* of QUERIES groups; pairs: of KEYS each */
@@ -49,9 +49,9 @@ static Work work_of(int64_t keys, int64_t queries, int64_t deep, uint8_t **memor
     return w;
 }
 
-/* Bytes that one task needs: documents of so many tokens, behind `shared` keys. */
-int64_t graft_attention_space(int64_t tokens, int64_t shared, int64_t width, int backward) {
-    int64_t deep = (width + 31) / 32, keys = groups_of(tokens) + groups_of(shared);
+/* Bytes that one task needs: documents of so many tokens, behind `shared` keys and `above` others. */
+int64_t graft_attention_space(int64_t tokens, int64_t shared, int64_t above, int64_t width, int backward) {
+    int64_t deep = (width + 31) / 32, keys = groups_of(tokens) + groups_of(shared) + groups_of(above);
     uint8_t *start = (uint8_t *)64, *stop = start;
     if (!backward) return 4096 * deep * keys + 6144 * (deep + KEYS);
     work_of(keys, groups_of(tokens), deep, &stop);
@@ -119,24 +119,25 @@ static inline void compare(const Work *w, int64_t k, int64_t q, int64_t deep) {
     multiply(values, grad, deep, (Sums){w->scores + 1024, 512, 256}, 0);
 }
 
-/* Gradients from a block of groups of keys, all shared or none, and one of queries. `first_head` of those that share
-   keys: what comes first sets sums, and every group of keys is seen by the queries beside it, or by all. */
-static void descend(const Attention *a, const Work *w, int first_head, int64_t k0, int64_t k1, int64_t q0, int64_t q1) {
-    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = groups_of(a->shared);
-    int shared = k0 < before;
+/* Gradients from a block of groups of keys, all in front or none, and one of queries. `add_keys`: to sums of keys that
+   are set already; else what comes first sets them: the queries beside a group of keys see it, or all do. */
+static void descend(const Attention *a, const Piece *p, const Work *w, int add_keys, int64_t k0, int64_t k1, int64_t q0,
+                    int64_t q1) {
+    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = in_front(a, p);
+    int front = k0 < before;
     for (int64_t k = k0; k < k1; k++) {
-        int64_t first = shared ? q0 : most(q0, k - before);
-        int64_t last = shared ? q1 : least(q1, newest_of(k - before, a->window) + 1);
+        int64_t first = front ? q0 : most(q0, k - before);
+        int64_t last = front ? q1 : least(q1, newest_of(k - before, a->window) + 1);
         for (int64_t q = first; q < last; q++) {
             compare(w, k, q, deep);
-            Sight sight = sight_of(shared ? a->shared - GROUP * k : GROUP * (q - k + before), shared, a->window);
+            Sight sight = sight_of(front ? keys_of(a, p, k).left : GROUP * (q - k + before), front, a->window);
             const float *lse = w->lse + GROUP * q, *means = w->means + GROUP * q;
             uint16_t *weights = w->weights + 1024 * (q - q0), *gradients = w->gradients + 1024 * (q - q0);
             uint16_t *pairs = w->pairs + 1024 * ((k - k0) * QUERIES + q - q0);
             if (sight.partly) differentiate(w->scores, lse, means, &sight, 1, a->scale, weights, gradients, pairs);
             else differentiate(w->scores, lse, means, &sight, 0, a->scale, weights, gradients, pairs);
         }
-        int add = !first_head || first != (shared ? 0 : k - before);
+        int add = add_keys || first != (front ? 0 : k - before);
         for (int64_t i = 0; i < deep && first < last; i++) {
             int64_t at = first * size + 2 * i * TILE;
             Side weights = {w->weights + 1024 * (first - q0), TILE, 1024}, grad = {w->grad_pairs + at, TILE, size};
@@ -146,8 +147,8 @@ static void descend(const Attention *a, const Work *w, int first_head, int64_t k
         }
     }
     for (int64_t q = q0; q < q1; q++) {
-        int64_t first = shared ? k0 : most(k0, before + oldest_of(GROUP * q, a->window));
-        int64_t last = shared ? k1 : least(k1, before + q + 1);
+        int64_t first = front ? k0 : most(k0, before + oldest_of(GROUP * q, a->window));
+        int64_t last = front ? k1 : least(k1, before + q + 1);
         int add = first > (before ? 0 : oldest_of(GROUP * q, a->window));
         for (int64_t i = 0; i < deep && first < last; i++)
             multiply((Side){w->key_columns + first * size + 2 * i * TILE, TILE, size},
@@ -174,58 +175,84 @@ static void put_keys(const float *sums, float factor, int64_t count, int64_t wid
         }
 }
 
-static void put_gradients(const Attention *a, const Piece *p, int64_t head, const Work *w) {
-    int64_t size = 1024 * ((a->width + 31) / 32), before = groups_of(a->shared);
-    float *partial = a->partial + (p->document * a->heads + head) * 2 * a->shared * a->width;
-    for (int64_t k = 0; k < before + groups_of(p->to); k++) {
-        int64_t own = GROUP * (k - before), token = a->shared + p->first + own;
-        int64_t count = least(GROUP, k < before ? a->shared - GROUP * k : p->to - own);
-        float *wide = k < before ? partial + GROUP * k * a->width : NULL;
-        put_keys(w->dk + k * size, a->scale, count, a->width, a->dk.at + token * a->dk.token + head * a->dk.head,
-                 a->dk.token, wide);
-        put_keys(w->dv + k * size, 1.0f, count, a->width, a->dv.at + token * a->dv.token + head * a->dv.head,
-                 a->dv.token, wide ? wide + a->shared * a->width : NULL);
+/* Gradients of a document's own keys and values. */
+static void put_own(const Attention *a, const Piece *p, int64_t head, const Work *w) {
+    int64_t size = 1024 * ((a->width + 31) / 32), before = in_front(a, p);
+    for (int64_t k = before; k < before + groups_of(p->to); k++) {
+        Keys to = keys_of(a, p, k);
+        put_keys(w->dk + k * size, a->scale, least(GROUP, to.left), a->width,
+                 a->dk.at + to.token * a->dk.token + head * a->dk.head, a->dk.token, NULL);
+        put_keys(w->dv + k * size, 1.0f, least(GROUP, to.left), a->width,
+                 a->dv.at + to.token * a->dv.token + head * a->dv.head, a->dv.token, NULL);
     }
 }
 
-static void attend_backward(const Attention *a, const Piece *p, int64_t head, uint8_t *memory) {
-    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = groups_of(a->shared);
+/* What a task adds to the gradients of shared keys and values. */
+static void put_partial(const Attention *a, int64_t task, int64_t head, const Work *w) {
+    int64_t size = 1024 * ((a->width + 31) / 32);
+    float *partial = a->partial + (task * a->heads + head) * 2 * a->shared * a->width;
+    for (int64_t k = 0; k < groups_of(a->shared); k++) {
+        float *to = partial + GROUP * k * a->width;
+        int64_t count = least(GROUP, a->shared - GROUP * k);
+        put_keys(w->dk + k * size, a->scale, count, a->width, NULL, 0, to);
+        put_keys(w->dv + k * size, 1.0f, count, a->width, NULL, 0, to + a->shared * a->width);
+    }
+}
+
+/* One document; `continues`: what is in front of it is packed, and its sums are set. */
+static void attend_document(const Attention *a, const Piece *p, int64_t head, int continues, const Work *w) {
+    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = in_front(a, p);
     int64_t queries = groups_of(p->to), all = before + queries;
-    Work w = work_of(all, queries, deep, &memory);
-    for (int64_t j = 0; j < all; j++) {
-        int64_t own = GROUP * (j - before), token = j < before ? GROUP * j : a->shared + p->first + own;
-        int64_t count = j < before ? a->shared - GROUP * j : p->to - own;
-        pack(a->k.at + token * a->k.token + head * a->k.head, a->k.token, count, a->width,
-             (Packed){.rows = w.keys + j * size, .columns = w.key_columns + j * size});
-        pack(a->v.at + token * a->v.token + head * a->v.head, a->v.token, count, a->width,
-             (Packed){.rows = w.values + j * size});
+    for (int64_t j = continues ? before : 0; j < all; j++) {
+        Keys from = keys_of(a, p, j);
+        pack(a->k.at + from.token * a->k.token + head * a->k.head, a->k.token, from.left, a->width,
+             (Packed){.rows = w->keys + j * size, .columns = w->key_columns + j * size});
+        pack(a->v.at + from.token * a->v.token + head * a->v.head, a->v.token, from.left, a->width,
+             (Packed){.rows = w->values + j * size});
     }
     __m512 factor = _mm512_set1_ps(a->scale);
     for (int64_t h = head * a->grouped; h < (head + 1) * a->grouped; h++) {
-        prepare(a, p, h, &w);
+        int later = h > head * a->grouped;
+        prepare(a, p, h, w);
         for (int64_t k = 0, next; k < all; k = next) {
             next = least(k + KEYS, k < before ? before : all);
             int64_t first = k < before ? 0 : (k - before) / QUERIES * QUERIES;
             int64_t last = k < before ? queries : least(queries, newest_of(next - 1 - before, a->window) + 1);
-            for (int64_t q = first; q < last; q += QUERIES) 
-                descend(a, &w, h == head * a->grouped, k, next, q, least(q + QUERIES, queries));
+            for (int64_t q = first; q < last; q += QUERIES)
+                descend(a, p, w, later || (continues && k < before), k, next, q, least(q + QUERIES, queries));
         }
         for (int64_t q = 0; q < queries; q++) {
             int64_t token = p->first + GROUP * q;
-            put_queries(w.dq + q * size, factor, factor, least(GROUP, p->last - token), a->width,
+            put_queries(w->dq + q * size, factor, factor, least(GROUP, p->last - token), a->width,
                         a->dq.at + token * a->dq.token + h * a->dq.head, a->dq.token);
         }
     }
-    put_gradients(a, p, head, &w);
 }
 
-/* Gradients of shared keys and values: the documents' parts, summed in their order. */
+/* A document and those that continue it, whose gradients are added up in its keys. */
+static void attend_backward(const Attention *a, const Piece *pieces, int64_t count, int64_t task, int64_t head,
+                            uint8_t *memory) {
+    int64_t queries = 0, keys = 0;
+    for (int64_t i = 0; i < count; i++) {
+        queries = most(queries, groups_of(pieces[i].to));
+        keys = most(keys, in_front(a, pieces + i) + groups_of(pieces[i].to));
+    }
+    Work w = work_of(keys, queries, (a->width + 31) / 32, &memory);
+    for (int64_t i = 0; i < count; i++) {
+        attend_document(a, pieces + i, head, i > 0, &w);
+        if (i > 0) put_own(a, pieces + i, head, &w);
+    }
+    put_own(a, pieces, head, &w);
+    put_partial(a, task, head, &w);
+}
+
+/* Gradients of shared keys and values: the tasks' parts, summed in their order. */
 static void put_shared(const Attention *a, int64_t head) {
     int64_t part = a->shared * a->width;
     for (int64_t i = 0; i < 2 * part; i++) {
         const float *from = a->partial + head * 2 * part + i;
         float sum = 0;
-        for (int64_t d = 0; d < a->documents; d++) sum += from[d * a->heads * 2 * part];
+        for (int64_t task = 0; task < a->tasks; task++) sum += from[task * a->heads * 2 * part];
         const Heads *to = i < part ? &a->dk : &a->dv;
         int64_t row = i % part / a->width, column = i % a->width;
         __m512i value = rounded(_mm512_set1_ps(sum), _mm512_setzero_ps());
@@ -233,9 +260,10 @@ static void put_shared(const Attention *a, int64_t head) {
     }
 }
 
-/* All pieces of all heads of keys, each by one thread with `space` bytes of `memory`, 64-byte aligned. Backward takes
-   whole documents. */
-void graft_attention(const Attention *a, const Piece *pieces, int64_t count, int backward, uint8_t *memory,
+/* All tasks of all heads of keys, each by one thread with `space` bytes of `memory`, 64-byte aligned. A task's pieces
+   are those from ends[task] to before ends[task + 1]: one in forward, in backward a whole document and all that
+   continue it. */
+void graft_attention(const Attention *a, const Piece *pieces, const int64_t *ends, int backward, uint8_t *memory,
                      int64_t space, int threads) {
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -246,10 +274,11 @@ void graft_attention(const Attention *a, const Piece *pieces, int64_t count, int
 #endif
         begin();
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * a->heads; i++) {
-            const Piece *piece = pieces + i / a->heads;
-            if (backward) attend_backward(a, piece, i % a->heads, memory + thread * space);
-            else attend(a, piece, i % a->heads, memory + thread * space);
+        for (int64_t i = 0; i < a->tasks * a->heads; i++) {
+            int64_t task = i / a->heads, head = i % a->heads, first = ends[task];
+            uint8_t *own = memory + thread * space;
+            if (backward) attend_backward(a, pieces + first, ends[task + 1] - first, task, head, own);
+            else attend(a, pieces + first, head, own);
         }
         end();
         if (backward && a->shared) {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graftlm.core.compiling import state
+from graftlm.kernels.attention_reference import Document
 from graftlm.kernels.buffers import borrowed
 from graftlm.kernels.native.opening import opened
 
@@ -25,8 +26,10 @@ _LONGEST = 2**30
 """Tokens; positions are 32-bit numbers there."""
 
 _PIECES_PER_THREAD = 4
-Piece = tuple[int, int, int, int, int]
-"""First and last token of a document, first and last query of it, number of the document."""
+Piece = tuple[int, int, int, int, int, int]
+"""A document: its first and last token, first and last query of it, first and last token of its parent."""
+Task = list[Piece]
+"""What one thread computes: a piece, or a document and all that continue it."""
 
 
 class _Heads(ctypes.Structure):
@@ -41,7 +44,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "partial")),
-        *((name, ctypes.c_int64) for name in ("tokens", "shared", "documents", "heads", "grouped")),
+        *((name, ctypes.c_int64) for name in ("tokens", "shared", "tasks", "heads", "grouped")),
         *((name, ctypes.c_int64) for name in ("width", "window")),
         ("scale", ctypes.c_float),
     )
@@ -62,9 +65,9 @@ def load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     if loaded.graft_attention_state():
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        loaded.graft_attention.argtypes = (pointer, pointer, size, number, pointer, size, number)
+        loaded.graft_attention.argtypes = (pointer, pointer, pointer, number, pointer, size, number)
         loaded.graft_attention.restype = None
-        loaded.graft_attention_space.argtypes = (size, size, size, number)
+        loaded.graft_attention_space.argtypes = (size, size, size, size, number)
         loaded.graft_attention_space.restype = size
     return loaded
 
@@ -74,16 +77,16 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts: list[int],
+    documents: list[Document],
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_reference.attention`, for bfloat16 on a CPU."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    pieces = _pieces(starts, _PIECES_PER_THREAD * torch.get_num_threads(), k.shape[1])
-    problem = _problem(q, k, v, out, lse, starts, scale, window)
-    _run(compiled, problem, pieces, backward=False)
+    pieces = _pieces(documents, _PIECES_PER_THREAD * torch.get_num_threads(), k.shape[1])
+    problem = _problem(q, k, v, out, lse, len(pieces), scale, window)
+    _run(compiled, problem, [[piece] for piece in pieces], backward=False)
     return out, lse
 
 
@@ -95,18 +98,19 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    starts: list[int],
+    documents: list[Document],
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_reference.attention_backward`, for bfloat16 on a CPU."""
     made = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    problem = _problem(q, k, v, out, lse, starts, scale, window)
+    families = _families(documents)
+    problem = _problem(q, k, v, out, lse, len(families), scale, window)
     problem.grad = _heads(grad)
     problem.dq, problem.dk, problem.dv = (_heads(x) for x in made)
-    partial = lse.new_empty(2 * problem.documents * problem.shared * problem.heads * problem.width)
+    partial = lse.new_empty(2 * problem.tasks * problem.shared * problem.heads * problem.width)
     problem.partial = partial.data_ptr()
-    _run(compiled, problem, _pieces(starts, 1, k.shape[1]), backward=True)
+    _run(compiled, problem, families, backward=True)
     return made
 
 
@@ -116,7 +120,7 @@ def _problem(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    starts: list[int],
+    tasks: int,
     scale: float,
     window: int | None,
 ) -> _Attention:
@@ -124,7 +128,7 @@ def _problem(
     problem = _Attention()
     problem.q, problem.k, problem.v, problem.out = (_heads(x) for x in (q, k, v, out))
     problem.lse = lse.data_ptr()
-    problem.tokens, problem.shared, problem.documents = tokens, len(k) - tokens, len(starts) - 1
+    problem.tokens, problem.shared, problem.tasks = tokens, len(k) - tokens, tasks
     problem.heads, problem.grouped, problem.width = k.shape[1], heads // k.shape[1], width
     problem.window, problem.scale = min(window or _LONGEST, _LONGEST), scale
     return problem
@@ -134,29 +138,48 @@ def _heads(x: Tensor) -> _Heads:
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def _pieces(starts: list[int], wanted: int, heads: int) -> list[Piece]:
+def _pieces(documents: list[Document], wanted: int, heads: int) -> list[Piece]:
     """Documents, cut until there is work for all; the longest first. Results do not depend on it."""
-    documents = [(*span, n) for n, span in enumerate(pairwise(starts)) if span[0] < span[1]]
+    filled = [document for document in documents if document.first < document.last]
     step = _LONGEST
-    if len(documents) * heads < wanted:
-        share = starts[-1] * heads // wanted
+    if len(filled) * heads < wanted:
+        share = sum(document.last - document.first for document in filled) * heads // wanted
         step = max(8 * GROUP, -(-share // GROUP) * GROUP)
     pieces = [
-        (first, last, start, min(start + step, last - first), number)
-        for first, last, number in documents
+        (first, last, start, min(start + step, last - first), above_first, above_last)
+        for first, last, above_first, above_last in filled
         for start in range(0, last - first, step)
     ]
-    return sorted(pieces, key=lambda piece: piece[3] ** 2 - piece[2] ** 2, reverse=True)
+    return sorted(pieces, key=_scores, reverse=True)
 
 
-def _run(compiled: ctypes.CDLL, problem: _Attention, pieces: list[Piece], *, backward: bool) -> None:
-    if not pieces:
+def _families(documents: list[Document]) -> list[Task]:
+    """Each document with those that continue it behind it, as their gradients meet in its keys."""
+    families: dict[int, Task] = {}
+    for first, last, above_first, above_last in documents:
+        if first < last:
+            root = above_first if above_first < above_last else first
+            families.setdefault(root, []).append((first, last, 0, last - first, above_first, above_last))
+    return sorted(families.values(), key=lambda family: sum(map(_scores, family)), reverse=True)
+
+
+def _scores(piece: Piece) -> int:
+    """About twice as many scores as it has."""
+    _, _, start, stop, above_first, above_last = piece
+    return stop**2 - start**2 + 2 * (above_last - above_first) * (stop - start)
+
+
+def _run(compiled: ctypes.CDLL, problem: _Attention, tasks: list[Task], *, backward: bool) -> None:
+    if not tasks:
         return
-    threads = min(torch.get_num_threads(), len(pieces) * problem.heads)
+    pieces = [piece for task in tasks for piece in task]
+    threads = min(torch.get_num_threads(), len(tasks) * problem.heads)
     longest = max(last - first for first, last, *_ in pieces)
-    space = compiled.graft_attention_space(longest, problem.shared, problem.width, backward)
+    above = max(above_last - above_first for *_, above_first, above_last in pieces)
+    space = compiled.graft_attention_space(longest, problem.shared, above, problem.width, backward)
     memory = borrowed(threads * space // 4, torch.float32)
-    table = (ctypes.c_int64 * (5 * len(pieces)))(*(value for piece in pieces for value in piece))
+    table = (ctypes.c_int64 * (6 * len(pieces)))(*(value for piece in pieces for value in piece))
+    ends = (ctypes.c_int64 * (len(tasks) + 1))(0, *accumulate(map(len, tasks)))
     compiled.graft_attention(
-        *(ctypes.byref(problem), table, len(pieces), backward, memory.data_ptr(), space, threads)
+        *(ctypes.byref(problem), table, ends, backward, memory.data_ptr(), space, threads)
     )

@@ -14,18 +14,36 @@ typedef struct {
 typedef struct {
     Heads q, k, v, out, grad, dq, dk, dv;
     float *lse;     /* [query heads, tokens] */
-    float *partial; /* gradients of shared keys and values by document: [documents, heads, 2, shared, width] */
-    int64_t tokens, shared, documents;
+    float *partial; /* gradients of shared keys and values by task: [tasks, heads, 2, shared, width] */
+    int64_t tokens, shared, tasks;
     int64_t heads, grouped; /* of keys, and of queries for each */
     int64_t width, window;
     float scale;
 } Attention;
 
 typedef struct {
-    int64_t first, last; /* tokens of a document */
-    int64_t from, to;    /* queries of it, counted from its first token; `from` a multiple of GROUP */
-    int64_t document;
+    int64_t first, last;             /* tokens of a document */
+    int64_t from, to;                /* queries of it, counted from its first token; `from` a multiple of GROUP */
+    int64_t above_first, above_last; /* tokens of the document that it continues, all of which it sees */
 } Piece;
+
+/* Groups of keys in front of a document's own, all of whose keys every query sees: those of shared ones come first. */
+static int64_t in_front(const Attention *a, const Piece *p) {
+    return groups_of(a->shared) + groups_of(p->above_last - p->above_first);
+}
+
+/* Where a group of keys begins among all of them, and how many are left from there in its part. */
+typedef struct {
+    int64_t token, left;
+} Keys;
+
+static Keys keys_of(const Attention *a, const Piece *p, int64_t group) {
+    int64_t shared = groups_of(a->shared), before = in_front(a, p);
+    int64_t at = GROUP * (group - (group < shared ? 0 : group < before ? shared : before));
+    if (group < shared) return (Keys){at, a->shared - at};
+    if (group < before) return (Keys){a->shared + p->above_first + at, p->above_last - p->above_first - at};
+    return (Keys){a->shared + p->first + at, p->to - at};
+}
 
 /* Which queries of a group see which keys of one: those at a distance of 0 to `window` - 1. */
 typedef struct {
@@ -34,15 +52,15 @@ typedef struct {
     int partly; /* not all */
 } Sight;
 
-/* `apart`: from the first key to the first query; of shared keys so many are left, which every query sees. */
-static inline Sight sight_of(int64_t apart, int shared, int64_t window) {
+/* `apart`: from the first key to the first query; of keys in front so many are left, which every query sees. */
+static inline Sight sight_of(int64_t apart, int front, int64_t window) {
     Sight sight;
     __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i start = _mm512_set1_epi32((int32_t)(shared ? apart - 1 : apart));
-    sight.distance[0] = shared ? start : _mm512_add_epi32(start, lane);
-    sight.distance[1] = shared ? start : _mm512_add_epi32(sight.distance[0], _mm512_set1_epi32(16));
-    sight.window = _mm512_set1_epi32((int32_t)(shared ? INT32_MAX : window));
-    sight.partly = shared ? apart < GROUP : apart < GROUP - 1 || apart + GROUP > window;
+    __m512i start = _mm512_set1_epi32((int32_t)(front ? apart - 1 : apart));
+    sight.distance[0] = front ? start : _mm512_add_epi32(start, lane);
+    sight.distance[1] = front ? start : _mm512_add_epi32(sight.distance[0], _mm512_set1_epi32(16));
+    sight.window = _mm512_set1_epi32((int32_t)(front ? INT32_MAX : window));
+    sight.partly = front ? apart < GROUP : apart < GROUP - 1 || apart + GROUP > window;
     return sight;
 }
 
@@ -148,10 +166,10 @@ static inline __attribute__((always_inline)) void weigh(const float *scores, __m
     for (int half = 0; half < 2; half++) total[half] = _mm512_add_ps(sum[0][half], sum[1][half]);
 }
 
-/* Adds `count` groups of keys, shared or not. The first key stands `apart` before the queries; of shared keys that
-   many are left. */
+/* Adds `count` groups of keys, own ones or in front. The first key stands `apart` before the queries; of keys in
+   front that many are left. */
 static void see(State *s, const uint16_t *keys, const uint16_t *values, int64_t count, int64_t deep, int64_t apart,
-                int shared, int64_t window, float scale) {
+                int front, int64_t window, float scale) {
     int64_t size = 1024 * deep;
     __m512 top[2] = {_mm512_set1_ps(LEAST), _mm512_set1_ps(LEAST)}, factor = _mm512_set1_ps(scale * LOG2E);
     __m512 highest[2], total[2], shrink[2];
@@ -159,7 +177,7 @@ static void see(State *s, const uint16_t *keys, const uint16_t *values, int64_t 
         multiply((Side){keys + j * size, deep * TILE, TILE}, (Side){s->queries, TILE, 2 * TILE}, deep,
                  (Sums){s->scores + 1024 * j, 512, 256}, 0);
     for (int64_t j = 0; j < count; j++) {
-        Sight sight = sight_of(apart - GROUP * j, shared, window);
+        Sight sight = sight_of(apart - GROUP * j, front, window);
         if (sight.partly) raise(top, s->scores + 1024 * j, &sight, 1);
         else raise(top, s->scores + 1024 * j, &sight, 0);
     }
@@ -172,7 +190,7 @@ static void see(State *s, const uint16_t *keys, const uint16_t *values, int64_t 
         s->highest[half] = highest[half];
     }
     for (int64_t j = 0; j < count; j++) {
-        Sight sight = sight_of(apart - GROUP * j, shared, window);
+        Sight sight = sight_of(apart - GROUP * j, front, window);
         if (sight.partly) weigh(s->scores + 1024 * j, factor, highest, &sight, 1, total, s->weights + 1024 * j);
         else weigh(s->scores + 1024 * j, factor, highest, &sight, 0, total, s->weights + 1024 * j);
     }
@@ -189,10 +207,10 @@ static void see(State *s, const uint16_t *keys, const uint16_t *values, int64_t 
     s->empty = 0;
 }
 
-/* One group of queries of one head; `keys` and `values` are packed, the shared ones and own ones from a group on. */
+/* One group of queries of one head; `keys` and `values` are packed: those in front, and own ones from a group on. */
 static void attend_group(const Attention *a, const Piece *p, int64_t head, int64_t group, const uint16_t *keys,
                          const uint16_t *values, int64_t packed_from, State *s) {
-    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = groups_of(a->shared);
+    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, shared = groups_of(a->shared), before = in_front(a, p);
     int64_t query = GROUP * group, token = p->first + query, count = least(GROUP, p->to - query);
     int64_t oldest = oldest_of(query, a->window), all = before + group + 1 - oldest;
     const Heads *q = &a->q, *out = &a->out;
@@ -203,10 +221,10 @@ static void attend_group(const Attention *a, const Piece *p, int64_t head, int64
     }
     s->empty = 1;
     for (int64_t j = 0, next; j < all; j = next) {
-        int shared = j < before;
-        int64_t own = j - before + oldest, at = (shared ? j : j + oldest - packed_from) * size;
-        next = least(j + MANY, shared ? before : all);
-        see(s, keys + at, values + at, next - j, deep, shared ? a->shared - GROUP * j : query - GROUP * own, shared,
+        int front = j < before;
+        int64_t own = j - before + oldest, at = (front ? j : j + oldest - packed_from) * size;
+        next = least(j + MANY, j < shared ? shared : front ? before : all);
+        see(s, keys + at, values + at, next - j, deep, front ? keys_of(a, p, j).left : query - GROUP * own, front,
             a->window, a->scale);
     }
     __m512 one = _mm512_set1_ps(1.0f);
@@ -221,7 +239,7 @@ static void attend_group(const Attention *a, const Piece *p, int64_t head, int64
 }
 
 static void attend(const Attention *a, const Piece *p, int64_t head, uint8_t *memory) {
-    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = groups_of(a->shared);
+    int64_t deep = (a->width + 31) / 32, size = 1024 * deep, before = in_front(a, p);
     int64_t oldest = oldest_of(p->from, a->window), newest = groups_of(p->to), all = before + newest - oldest;
     uint16_t *keys = take(&memory, 2 * size * all), *values = take(&memory, 2 * size * all);
     State state;
@@ -230,11 +248,10 @@ static void attend(const Attention *a, const Piece *p, int64_t head, uint8_t *me
     state.weights = take(&memory, 2 * 1024 * MANY);
     state.scores = take(&memory, 4 * 1024 * MANY);
     for (int64_t j = 0; j < all; j++) {
-        int64_t own = GROUP * (j - before + oldest), token = j < before ? GROUP * j : a->shared + p->first + own;
-        int64_t count = j < before ? a->shared - GROUP * j : p->to - own;
-        pack(a->k.at + token * a->k.token + head * a->k.head, a->k.token, count, a->width,
+        Keys from = keys_of(a, p, j < before ? j : j + oldest);
+        pack(a->k.at + from.token * a->k.token + head * a->k.head, a->k.token, from.left, a->width,
              (Packed){.rows = keys + j * size});
-        pack(a->v.at + token * a->v.token + head * a->v.head, a->v.token, count, a->width,
+        pack(a->v.at + from.token * a->v.token + head * a->v.head, a->v.token, from.left, a->width,
              (Packed){.columns = values + j * size});
     }
     for (int64_t h = head * a->grouped; h < (head + 1) * a->grouped; h++)

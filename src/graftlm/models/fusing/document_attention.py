@@ -1,8 +1,8 @@
 """Attention as `transformers` calls it, for batches that say where each of their documents starts.
 
 A flat batch is one row of tokens with `cu_seq_lens_q` beside them. It gets no mask, and its attention has
-no score between two documents. Every other call (padded rows, an encoder, a cache) gets the mask and the
-attention of "sdpa".
+no score between two documents, unless `graft_parents` says that one continues the other. Every other call
+(padded rows, an encoder, a cache) gets the mask and the attention of "sdpa".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from graftlm.core.errors import ModelError
-from graftlm.data.forms import DOCUMENTS
+from graftlm.data.forms import DOCUMENTS, PARENTS
 from graftlm.kernels.attention import attention, attention_is_native
 
 Way = Literal["native kernel", "torch varlen", "document by document"]
@@ -84,6 +85,7 @@ def _attention(
     """Shapes: query [B, Hq, T, D], key and value [B, Hkv, T', D] -> [B, T, Hq, D], as for every such."""
     starts: Tensor | None = others.pop(STARTS, None)
     on_device: Tensor | None = others.pop("cu_seq_lens_k", None)
+    parents: Tensor | None = others.pop(PARENTS, None)
     seen: list[Call] | None = others.pop(SEEN, None)
     if starts is None and attention_mask is None and _is_whole(module, query, key, value, dropout, others):
         starts = torch.arange(0, query.shape[0] * query.shape[2] + 1, query.shape[2])
@@ -96,7 +98,7 @@ def _attention(
     _require_plain(module, attention_mask, others)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    documents = _Documents(starts, on_device, scale, sliding_window, dropout)
+    documents = _Documents(starts, on_device, parents, scale, sliding_window, dropout)
     out, way = documents.attended(q, k, v)
     if seen is not None:
         seen.append(Call(module, sliding_window, way))
@@ -134,12 +136,14 @@ def _require_plain(module: nn.Module, mask: Tensor | None, others: dict[str, Any
 class _Documents:
     """Documents one after another; virtual tokens that all of them see may stand before the first.
 
-    starts: [n + 1], int64 on the CPU, the same on_device in int32. window: how many keys a token sees at
-    most, itself and virtual ones included.
+    starts: [n + 1], int64 on the CPU, the same on_device in int32. parents: [n], int64 on the CPU, the
+    document that each one continues and sees all of, or -1. window: how many keys a token sees at most, itself
+    and virtual ones included.
     """
 
     starts: Tensor
     on_device: Tensor | None
+    parents: Tensor | None
     scale: float
     window: int | None
     dropout: float
@@ -153,7 +157,7 @@ class _Documents:
         if virtual == 0:
             return self._attend(q, k, v)
         first, rest = q.split([virtual, tokens])
-        alone = _Documents(torch.tensor([0, virtual]), None, self.scale, self.window, self.dropout)
+        alone = _Documents(torch.tensor([0, virtual]), None, None, self.scale, self.window, self.dropout)
         seen_first, _ = alone._attend(first, k[:shared], v[:shared])
         seen, way = self._attend(rest, k, v)
         return torch.cat([seen_first, seen]), way
@@ -164,37 +168,60 @@ class _Documents:
         if window is not None and shared + self._longest(q) <= window:
             window = None
         way = way_of(q)
-        is_plain = self.dropout == 0 and v.shape == k.shape and (shared == 0 or window is None)
+        in_front = shared > 0 or self.parents is not None
+        is_plain = self.dropout == 0 and v.shape == k.shape and not (in_front and window is not None)
         if way == "native kernel" and is_plain:
-            return attention(q, k, v, self.starts, scale=self.scale, window=window), way
+            return attention(q, k, v, self.starts, scale=self.scale, window=window, parents=self.parents), way
         if way == "torch varlen" and is_plain and shared == 0 and self.on_device is not None:
             return self._varlen(q, k, v, window), way
         return self._one_by_one(q, k, v, window), "document by document"
 
     def _longest(self, q: Tensor) -> int:
-        """Tokens of the longest document; an upper bound in compiled code, which reads no tensor."""
-        return len(q) if torch.compiler.is_compiling() else int(self.starts.diff().max())
+        """Tokens that the last one of a document sees, at most; an upper bound in compiled code, which reads
+        no tensor."""
+        return len(q) if torch.compiler.is_compiling() else max(map(sum, zip(*self._lengths(), strict=True)))
+
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of each document, and of what it continues."""
+        lengths = self.starts.diff()
+        if self.parents is None:
+            return lengths.tolist(), [0] * len(lengths)
+        return lengths.tolist(), torch.where(self.parents < 0, 0, lengths[self.parents]).tolist()
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """FlashAttention counts in a window the keys before the token's own."""
+        """FlashAttention counts in a window the keys before the token's own. It aligns queries and keys at
+        their ends, so that a document that continues another has that one's keys before its own."""
         varlen = _varlen()
         assert varlen is not None
-        longest = self._longest(q)
+        longest, ends = self._longest(q), self.on_device
+        if self.parents is not None:
+            k, v = (torch.cat(self._with_parents(x)) for x in (k, v))
+            ends = torch.tensor(
+                [0, *accumulate(map(sum, zip(*self._lengths(), strict=True)))], dtype=torch.int32
+            )
+            ends = ends.to(q.device, non_blocking=True)
         found: Tensor = varlen(
-            q, k, v, self.on_device, self.on_device, longest, longest, scale=self.scale,
+            q, k, v, self.on_device, ends, longest, longest, scale=self.scale,
             window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return found
 
+    def _with_parents(self, x: Tensor) -> list[Tensor]:
+        """Keys or values of each document behind those of what it continues."""
+        own = x.split(self._lengths()[0])
+        if self.parents is None:
+            return list(own)
+        pairs = zip(own, self.parents.tolist(), strict=True)
+        return [each if parent < 0 else torch.cat([own[parent], each]) for each, parent in pairs]
+
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        lengths = self.starts.diff().tolist()
         shared = len(k) - len(q)
-        (keys, *own_keys), (values, *own_values) = (x.split([shared, *lengths]) for x in (k, v))
+        keys, values = (self._with_parents(x[shared:]) for x in (k, v))
         seen = []
-        for queries, *pair in zip(q.split(lengths), own_keys, own_values, strict=True):
+        for queries, *pair in zip(q.split(self._lengths()[0]), keys, values, strict=True):
             if shared:
-                pair = [torch.cat(both) for both in zip((keys, values), pair, strict=True)]
-            mask = _visible(len(queries), shared, window, q.device)
+                pair = [torch.cat(both) for both in zip((k[:shared], v[:shared]), pair, strict=True)]
+            mask = _visible(len(queries), len(pair[0]) - len(queries), window, q.device)
             query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (queries, *pair))
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=self.dropout, scale=self.scale,
@@ -204,12 +231,12 @@ class _Documents:
         return torch.cat(seen)
 
 
-def _visible(tokens: int, shared: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask [tokens, shared + tokens] of one document, True where seen; None where it is just causal."""
-    if shared == 0 and (window is None or tokens <= window):
+def _visible(tokens: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask [tokens, before + tokens] of one document, True where seen; None where it is just causal."""
+    if before == 0 and (window is None or tokens <= window):
         return None
-    rows = torch.arange(shared, shared + tokens, device=device).unsqueeze(1)
-    columns = torch.arange(shared + tokens, device=device)
+    rows = torch.arange(before, before + tokens, device=device).unsqueeze(1)
+    columns = torch.arange(before + tokens, device=device)
     seen = columns <= rows
     return seen if window is None else seen & (columns > rows - window)
 
