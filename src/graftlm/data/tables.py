@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graftlm.core.errors import DataError
+from graftlm.data.class_labels import names_in, names_in_schema, with_names
 from graftlm.data.json_rows import Parsed, Rows
 from graftlm.data.raw_text import LINE_CAP
 from graftlm.data.records import Problem
@@ -84,7 +85,8 @@ def read_parquet(path: Path) -> Parsed:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        rows = with_names(table.to_pylist(), names_in_schema(table.schema.metadata))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path.name} cannot be read as Parquet: {' '.join(str(error).split())[:200]}",
@@ -110,5 +112,5 @@ def read_hub(name: str, split: str) -> Parsed:
             meaning="There is no file of this name here, and the hub has no such data set, split or network.",
             fix=f"Check the path. For the hub: owner/name or owner/name:split, such as {name}:test.",
         ) from None
-    rows = [dict(row) for row in loaded]
+    rows = with_names([dict(row) for row in loaded], names_in(loaded.features.to_dict()))
     return rows, list(range(1, len(rows) + 1)), []

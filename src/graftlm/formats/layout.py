@@ -23,6 +23,7 @@ from graftlm.core.errors import FormatError
 from graftlm.core.files import write_atomic
 from graftlm.core.notices import notice
 from graftlm.formats import peft_config
+from graftlm.formats.ending import ending_facts
 from graftlm.formats.fingerprint import BaseIdentity, identify
 from graftlm.formats.peft_keys import BASE_WEIGHT, PREFIX, as_in_file, clean_key, from_file, tensor_key
 from graftlm.methods.adapter_set import AdapterSet
@@ -47,7 +48,8 @@ class Folder:
         base = identify(adapters.model, without=_copied(adapters, name))
         tensors = adapter_tensors(adapters, name)
         write_atomic(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
-        write_atomic(directory / EXTRA, _json({"schema": SCHEMA, **base.as_dict()}))
+        facts = {"schema": SCHEMA, **base.as_dict(), **ending_facts(adapters.model)}
+        write_atomic(directory / EXTRA, _json(facts))
         write_atomic(directory / CONFIG, _json(peft_config.to_json(adapters, name, base.name)))
 
     def load(self, adapters: AdapterSet, directory: Path, name: str, *, strict: bool) -> None:
@@ -57,7 +59,7 @@ class Folder:
         adapters.add(name, config)
         with ExitStack() as undo:
             undo.callback(adapters.delete, name)
-            _check_base(adapters.model, directory, _copied(adapters, name), strict=strict)
+            check_base(adapters.model, directory, _copied(adapters, name), strict=strict)
             fill(adapters, name, tensors, str(directory / TENSORS), strict=strict)
             undo.pop_all()
 
@@ -176,8 +178,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return from_file(tensors)
 
 
-def _check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, strict: bool) -> None:
-    """Compare the base with the one that `graft.json` names, where the file is there."""
+def check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, strict: bool) -> None:
+    """Compare the base, but for what is `copied`, with the one that `graft.json` names, if it is there.
+
+    Raises:
+        FormatError: they differ, and `strict` is true; otherwise it is a warning.
+    """
     if not (directory / EXTRA).is_file():
         return
     theirs = BaseIdentity.from_dict(_read_json(directory / EXTRA), str(directory / EXTRA))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.models.encoder_decoder import is_encoder_decoder
+
 MAX_MEAN_KL = 1e-3
 """Nats per token between a merged model and its adapter; rounding to 16 bits stays well below."""
 MIN_TOP1 = 0.99
@@ -49,20 +51,32 @@ class Agreement:
 
 @torch.no_grad()
 def logits_on(model: nn.Module, probes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of each probe, one at a time, in eval mode. Shapes: [tokens, vocabulary], float32, CPU."""
+    """Logits of each probe, one at a time, in eval mode. Shapes: [tokens, vocabulary], float32, CPU.
+
+    An encoder-decoder reads the probe in both halves. A head that labels rows gives [1, labels]; where each
+    of its labels holds or not, [labels, 2]; where it tells a number, [1, 1].
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        return [
-            model(input_ids=torch.tensor([list(probe)], device=device), use_cache=False)
-            .logits[0]
-            .float()
-            .cpu()
-            for probe in probes
-        ]
+        return [_one(model, torch.tensor([list(probe)], device=device)).float().cpu() for probe in probes]
     finally:
         model.train(was_training)
+
+
+def _one(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(**_inputs(model, ids), use_cache=False).logits
+    if logits.dim() == 3:
+        return logits[0]
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        return torch.stack((torch.zeros_like(logits[0]), logits[0]), dim=1)
+    return logits
+
+
+def _inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    both = {"input_ids": ids, "decoder_input_ids": ids}
+    return both if is_encoder_decoder(model) else {"input_ids": ids}
 
 
 def mean_nll(logits: Sequence[Tensor], probes: Sequence[Sequence[int]]) -> float:
@@ -82,17 +96,29 @@ def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement
     0.0
     """
     ours, theirs = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
+    difference = float((ours - theirs).abs().max())
+    tokens = ours.shape[0]
+    if ours.shape[-1] == 1:
+        ours, theirs = _as_choices(ours, ours), _as_choices(theirs, ours)
     p, q = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    difference = float((ours - theirs).abs().max())
     return Agreement(
         probes=len(reference),
-        tokens=ours.shape[0],
+        tokens=tokens,
         # NaN compares as false with everything: it must count as far apart, not as equal.
         mean_kl=math.inf if math.isnan(kl) else max(0.0, kl),
         top1=_same_choice(p, q),
         largest_logit_difference=math.inf if math.isnan(difference) else difference,
     )
+
+
+def _as_choices(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers [N, 1] as the choice which of two is larger, for all pairs of them and the mean of `like`:
+    [pairs, 2]. Numbers have no scale of their own: they are counted in the spread of `like`."""
+    spread = like.std(correction=0)
+    values = torch.cat((numbers.flatten(), like.mean().reshape(1))) / torch.where(spread > 0, spread, 1.0)
+    first, second = torch.triu_indices(len(values), len(values), offset=1)
+    return torch.stack((values[first], values[second]), dim=1)
 
 
 def _same_choice(p: Tensor, q: Tensor) -> float:

@@ -5,24 +5,43 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
 from graftlm.core.errors import ModelError
 from graftlm.models.ending import TEXT, Ending
+
+MAPPINGS = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+"""Family -> the class of each config in it."""
+LABELLING = {"rows": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification}
 
 
 def family_of(config: Any, name: str, ending: Ending = TEXT) -> Any:
     """The `Auto...` class of `transformers` whose models have this ending.
 
     Raises:
-        ModelError: the checkpoint is neither.
+        ModelError: there is none.
     """
+    if ending.kind != "text":
+        return _labelling(config, name, ending)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     sequence = set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
     names = config.architectures or [
@@ -36,18 +55,28 @@ def family_of(config: Any, name: str, ending: Ending = TEXT) -> Any:
         return AutoModelForCausalLM
     raise ModelError(
         f"{name} is a {', '.join(names)}, which does not write text.",
-        meaning="Graft tunes causal and sequence-to-sequence language models; this checkpoint is an "
+        meaning="Text is written by causal and sequence-to-sequence language models; this checkpoint is an "
         "encoder, a bare backbone or another kind of model.",
-        fix="Choose a base whose architecture ends in ForCausalLM or ForConditionalGeneration.",
+        fix="Choose a base whose architecture ends in ForCausalLM or ForConditionalGeneration; to label text "
+        "with this one: --task classification.",
+    )
+
+
+def _labelling(config: Any, name: str, ending: Ending) -> Any:
+    family = LABELLING[ending.kind]
+    if type(config) in MAPPINGS[family]:
+        return family
+    raise ModelError(
+        f"transformers has no {config.model_type} that labels {ending.kind}.",
+        meaning=f"{name} cannot get such a head.",
+        fix="Choose another base: BERT, RoBERTa, DeBERTa, ModernBERT, and most causal models have one.",
     )
 
 
 def concrete(family: Any, config: Any) -> tuple[Any, Any]:
     """The class that the family stands for with this config, and the config it takes, without a word of how
     the checkpoint is quantised."""
-    is_sequence = family is AutoModelForSeq2SeqLM
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_sequence else MODEL_FOR_CAUSAL_LM_MAPPING
-    found = mapping[type(config)]
+    found = MAPPINGS[family][type(config)]
     classes = found if isinstance(found, list | tuple) else (found,)
     named = [each for each in classes if each.__name__ in (config.architectures or ())]
     chosen = (named or classes)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from graftlm.data.label_values import Problem
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -20,7 +22,7 @@ class Ending:
 
     kind: Literal["text", "rows", "tokens"]
     labels: tuple[str, ...] = ()
-    problem: Literal["one label", "several labels", "number"] = "one label"
+    problem: Problem = "one label"
     seed: int = 0
 
 

@@ -22,8 +22,9 @@ from graftlm.core.errors import ModelError
 from graftlm.core.notices import notice
 from graftlm.models.architecture import concrete, family_of, generation_config
 from graftlm.models.bars import no_bars
-from graftlm.models.ending import TEXT, Ending
+from graftlm.models.ending import Ending
 from graftlm.models.footprint import footprint
+from graftlm.models.heads import begin_head, ended, is_for, stored_ending
 from graftlm.models.load_faults import (
     check_loaded,
     check_vocabulary,
@@ -56,6 +57,8 @@ class _Kind:
     scheme: Scheme | None
     """What to quantise to."""
     is_stored_packed: bool
+    new_head: Ending | None
+    """The head that the checkpoint does not have."""
 
     @property
     def is_packed(self) -> bool:
@@ -71,7 +74,7 @@ def load_model(
     head: str = SIXTEEN_BIT,
     device: str | torch.device = AUTO,
     placement: str = RESIDENT,
-    ending: Ending = TEXT,
+    ending: Ending | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load the base `name` and its tokenizer, ready for adapters.
@@ -87,14 +90,14 @@ def load_model(
         device: `"auto"` is the first GPU, else the CPU.
         placement: where layers lie while a pass does not need them: `"resident"`, all in memory; `"disk"`, in
             the checkpoint's files; `"host"`, in the machine's memory.
-        ending: what the base ends in.
+        ending: what the base is to end in; None leaves it as it is stored.
         progress: called with (bytes read, bytes in all) while a quantised base is loaded.
 
     Returns:
         The `transformers` model in evaluation mode, and its tokenizer with a padding token.
 
     Raises:
-        ModelError: what was named cannot be loaded as a causal or sequence-to-sequence model.
+        ModelError: what was named cannot be loaded, or has no such ending.
         ConfigError: an unknown dtype, quantization or placement.
     """
     scheme = None if quantization in (None, "none") else Scheme.parse(quantization, double_quant=double_quant)
@@ -104,14 +107,8 @@ def load_model(
     check_placement(placement, where)
     location = locate(name)
     with _quiet(location):
-        config = _load_config(location)
-        stored = stored_kind(config, location.name)
-        if stored is not None:
-            require_equal(stored, scheme, location.name)
-        tokenizer = _load_tokenizer(location, config)
-        family = family_of(config, location.name, ending)
-        chosen = choose_dtype(dtype, stored=_stored_dtype(location, config), device=where, name=location.name)
-        kind = _Kind(family, config, chosen, scheme if stored is None else None, stored is not None)
+        kind = _kind_of(location, scheme, dtype, where, ending)
+        tokenizer = _load_tokenizer(location, kind.config)
         if placement == DISK:
             model = _load_streamed(location, kind)
         elif kind.is_packed:
@@ -126,8 +123,31 @@ def load_model(
     return _placed(model, where, placement, location.name), tokenizer
 
 
+def _kind_of(
+    location: Location,
+    scheme: Scheme | None,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    ending: Ending | None,
+) -> _Kind:
+    config = load_config(location)
+    stored = stored_kind(config, location.name)
+    if stored is not None:
+        require_equal(stored, scheme, location.name)
+    own = stored_ending(config)
+    ending = ending or own
+    family = family_of(config, location.name, ending)
+    chosen = choose_dtype(dtype, stored=_stored_dtype(location, config), device=device, name=location.name)
+    to = scheme if stored is None else None
+    new_head = None if is_for(own, ending) else ending
+    return _Kind(family, ended(config, ending), chosen, to, stored is not None, new_head)
+
+
 def _finish(location: Location, model: Any, tokenizer: Any) -> None:
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    else:  # the head reads the last token that is no padding, or the config is all that says what that is
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = location.name  # what adapters will say they belong to: never a path of ours
     check_vocabulary(location, model, tokenizer)
 
@@ -151,10 +171,11 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     location = locate(name)
     with _quiet(location):
-        return _load_tokenizer(location, _load_config(location))
+        return _load_tokenizer(location, load_config(location))
 
 
-def _load_config(location: Location) -> Any:
+def load_config(location: Location) -> Any:
+    """The config alone; ModelError where it cannot be had, or `transformers` does not know it."""
     try:
         config = AutoConfig.from_pretrained(location.reference, trust_remote_code=False)
     except OSError as error:
@@ -203,6 +224,7 @@ def _load_dense(location: Location, kind: _Kind) -> Any:
     try:
         model, info = kind.family.from_pretrained(
             location.reference,
+            config=kind.config,
             dtype=kind.dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -217,8 +239,15 @@ def _load_dense(location: Location, kind: _Kind) -> Any:
         ) from None
     except OSError as error:
         raise unreachable(location, error) from None
-    check_loaded(location, info)
+    _check(location, kind, model, info)
     return model
+
+
+def _check(location: Location, kind: _Kind, model: Any, info: dict[str, Any]) -> None:
+    """Refuse what is not whole; a head that the checkpoint does not have is begun."""
+    if kind.new_head is not None:
+        begin_head(model, info, kind.new_head)
+    check_loaded(location, info)
 
 
 def _load_packed(
@@ -241,10 +270,11 @@ def _load_by_tensor(location: Location, kind: _Kind, load: Any) -> tuple[Any, di
         tensors = read_headers(weight_files(location))
         with no_bars():
             model, info = load(*concrete(kind.family, kind.config), tensors, kind.scheme, dtype=kind.dtype)
-        check_loaded(location, info)
+        _check(location, kind, model, info)
         if kind.is_packed and not quantised_layers(model):
             raise nothing_quantised(location, was_stored=kind.is_stored_packed)
-        model.generation_config = generation_config(location.reference)
+        if model.can_generate():
+            model.generation_config = generation_config(location.reference)
     except OSError as error:
         raise unreachable(location, error) from None
     return model, info

@@ -7,7 +7,7 @@ model and about one tensor. The packed layers take their places at the end, when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,10 +78,11 @@ class Intake:
                 self.faults.append(error.seen)
         return None
 
-    def put_in_place(self, model: nn.Module) -> None:
-        """Put the packed layers into the loaded model, and pack what came by another way."""
+    def put_in_place(self, model: nn.Module, absent: Iterable[str]) -> None:
+        """Put the packed layers into the loaded model, and pack what came by another way; what did not come
+        at all (`absent`) stays as it is."""
         if self.scheme is not None:
-            for path in self.planned - self.packed.keys():
+            for path in self.planned - self.packed.keys() - {name.rpartition(".")[0] for name in absent}:
                 module = model.get_submodule(path)
                 self.packed[path] = encode(dense_weight(module), self.scheme, name=f"{path}.weight")
         for path in sorted(self.packed):
@@ -135,8 +136,7 @@ def load_quantised(
     known = {name for name, *_ in info["mismatched_keys"]}
     extra = [entry for entry in intake.misshapen(model) if entry[0] not in known]
     info["mismatched_keys"] = [*info["mismatched_keys"], *extra]
-    if not info["missing_keys"] and not info["mismatched_keys"]:
-        intake.put_in_place(model)
+    intake.put_in_place(model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     return model, info
 
 

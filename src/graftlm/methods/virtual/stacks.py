@@ -168,8 +168,6 @@ def facts_of(model: nn.Module, stack: nn.Module) -> Facts:
     is_pair, is_whole = is_encoder_decoder(model), stack is model
     is_encoder = is_pair and stack is model.get_encoder()  # type: ignore[operator]
     causal, task = is_causal(stack), task_of(model)
-    embeddings: Any = getattr(stack, "embeddings", None)
-    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
     return Facts(
         arguments=argument_names(stack),
         is_causal=causal,
@@ -177,5 +175,12 @@ def facts_of(model: nn.Module, stack: nn.Module) -> Facts:
         is_decoder=is_pair and not is_encoder,
         shifts_labels=not is_whole and task == "CAUSAL_LM",
         pools_first=not is_whole and task == "SEQ_CLS" and not causal,
-        first_position=int(embeddings.padding_idx) + 1 if counts_from_padding else 0,
+        first_position=first_position(stack),
     )
+
+
+def first_position(stack: nn.Module) -> int:
+    """Where a stack begins to count positions: RoBERTa and its kin do so behind the padding index."""
+    embeddings: Any = getattr(stack, "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(embeddings.padding_idx) + 1 if counts_from_padding else 0

@@ -1,0 +1,236 @@
+"""Classification and regression: a new head tells of a text, or of a pair of texts, which label it has,
+which of several, or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftlm.core.errors import ConfigError
+from graftlm.core.notices import notice
+from graftlm.data.label_reader import LabelReader, balance, contradictions, require_variety
+from graftlm.data.label_values import read_label_map
+from graftlm.data.labelled import Labelled
+from graftlm.data.labelled_encode import LabelledBatch, LabelledRow, collate_labelled, encode_labelled
+from graftlm.data.length_batches import LengthBatches
+from graftlm.evaluation.labelled import MEASURES, Labels, evaluate_labelled
+from graftlm.evaluation.measures import MEASURES as KNOWN
+from graftlm.evaluation.runner import Evaluation
+from graftlm.methods.base import MethodConfig
+from graftlm.models.ending import Ending
+from graftlm.models.generate import Progress, StopFlag
+from graftlm.models.heads import PROBLEMS, describe_head, with_head
+from graftlm.objectives.classification import (
+    ClassificationObjective,
+    ClassificationSettings,
+    require_matching,
+)
+from graftlm.tasks.base import Task, say_unpacked, spread
+from graftlm.tasks.dataset import Converted, Dataset, RawDataset, counted, held_out_records, kept, read_split
+from graftlm.tasks.sft import ROWS_DURING_TRAINING
+from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
+from graftlm.training.recipe import Recipe
+from graftlm.training.task_section import TaskChoice
+
+HEAD_RATE_SCALE = 0.5
+"""A head of random weights sends rough gradients into the body at first: at the rate that suits text, small
+encoders stay at chance on hard labels (docs/how-to/classification.md)."""
+RARE = 10
+"""Rows of a class below which a notice says that there are few."""
+SHOWN = 30
+"""Labels whose counts a report lists."""
+
+
+class ClassificationTask(Task[LabelledBatch]):
+    """The loss of what a head says of rows; head and adapter are trained, saved and served together."""
+
+    name = "classification"
+    keeps_known_text = False
+    rate_scale = HEAD_RATE_SCALE
+
+    @property
+    def settings(self) -> ClassificationSettings:
+        """What the recipe says of the task."""
+        settings = self.recipe.task.settings
+        assert isinstance(settings, ClassificationSettings)
+        return settings
+
+    @property
+    def labels(self) -> Labels:
+        """What there is to tell; known once the data are read."""
+        told = self._reader.told
+        assert told is not None
+        return Labels(self._reader.labels, told)
+
+    def read(self) -> None:
+        self._begin()
+        self._raw = read_split(self.recipe.data, self.recipe.train.seed, self._convert)
+        self._require_sense()
+        require_variety(self._raw.train, self.labels.told, self.recipe.data.path)
+        self._say_doubts()
+
+    def read_held_out(self, limit: int | None = None) -> None:
+        self._begin()
+        data = self.recipe.data
+        records, found = held_out_records(data.path, data, self._convert)
+        self._raw = RawDataset[Labelled](found, (), tuple(records[:limit]))
+
+    def settled(self) -> Recipe:
+        say_unpacked(self.recipe, "a head tells of one row at a time; rows of like length go together")
+        data = self.recipe.data.model_copy(update={"packing": False})
+        settings = self.settings.replace(labels=self.labels.names, problem_type=PROBLEMS[self.labels.told])
+        task = TaskChoice(self.name, settings)
+        return self.recipe.model_copy(update={"data": data, "task": task})
+
+    @property
+    def ending(self) -> Ending:
+        labels = self.labels
+        names = ("number",) if labels.told == "number" else labels.names
+        return Ending("rows", names, labels.told, self.recipe.train.seed)
+
+    def require_base(self, model: nn.Module) -> None:
+        """Whatever was loaded with this ending tells labels."""
+        self._head = describe_head(model)
+
+    def encode(self, tokenizer: Any) -> None:
+        raw = self._raw
+        self._pad = int(tokenizer.pad_token_id)
+        train = self._encoded(raw.train, tokenizer, "training") if raw.train else ()
+        held_out = self._encoded(raw.held_out, tokenizer, "held-out")
+        self.dataset: Dataset[LabelledRow] = Dataset(
+            self.recipe.data.path, raw.format, train, held_out, raw.repeats
+        )
+
+    def method(self, model: nn.Module) -> MethodConfig:
+        return with_head(self.recipe.method.config, model)
+
+    def batches(self, tokenizer: Any) -> LengthBatches[LabelledRow, LabelledBatch]:
+        train = self.recipe.train
+        most = max(row.tokens for row in self.dataset.train)
+        return LengthBatches(
+            self.dataset.train,
+            partial(collate_labelled, pad=self._pad, most=most, told=self.labels.told),
+            ids=lambda row: row.identity,
+            rows_per_batch=train.per_device_train_batch_size,
+            seed=train.seed,
+        )
+
+    def objective(self, model: nn.Module) -> ClassificationObjective:
+        longest = max(row.tokens for row in self.dataset.train)
+        smoothing = self.settings.label_smoothing
+        return ClassificationObjective(model, self.labels.told, label_smoothing=smoothing, longest=longest)
+
+    def held_out_loss(self, model: nn.Module) -> Evaluate:
+        return HeldOutLabels(model, self.dataset.held_out, self.labels, self._pad)
+
+    def measure(
+        self, model: nn.Module, tokenizer: Any, *, name: str, progress: Progress, stop: StopFlag
+    ) -> Evaluation:
+        return evaluate_labelled(
+            model, self.dataset.held_out, self.labels, name=name, pad=self._pad, progress=progress,
+            should_stop=stop,
+        )  # fmt: skip
+
+    def probes(self, count: int) -> list[list[int]]:
+        return [list(row.input_ids) for row in spread(self.dataset.held_out, count)]
+
+    @property
+    def facts(self) -> Sequence[tuple[str, str]]:
+        labels = self.labels
+        if labels.told == "number":
+            numbers = [record.number for record in self._raw.train if record.number is not None]
+            return (("head", self._head), ("range of the numbers", f"{min(numbers):g} to {max(numbers):g}"))
+        counts = sorted(balance(self._raw.train, labels.names).items(), key=lambda item: -item[1])
+        total = max(1, len(self._raw.train))
+        shown = [(name, f"{count:,} training rows ({count / total:.1%})") for name, count in counts[:SHOWN]]
+        rest = [("...", f"{len(counts) - SHOWN} more labels")] if len(counts) > SHOWN else []
+        return (
+            ("head", self._head),
+            ("labels", f"{len(counts)}, {labels.told} a row: {self._reader.why}"),
+            *shown,
+            *rest,
+        )
+
+    def _begin(self) -> None:
+        settings = self.settings
+        problem = {theirs: told for told, theirs in PROBLEMS.items()}.get(settings.problem_type)
+        self._reader = LabelReader(label_names(settings.labels), problem)
+        self._require_sense()
+
+    def _require_sense(self) -> None:
+        if self._reader.told is not None:
+            require_matching(self._reader.told, self.settings.label_smoothing)
+        require_no_metrics(self.recipe)
+
+    def _convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Labelled]:
+        return Converted(*self._reader(rows, format, numbers, source))
+
+    def _encoded(self, records: Sequence[Labelled], tokenizer: Any, part: str) -> tuple[LabelledRow, ...]:
+        data = self.recipe.data
+        found, problems = encode_labelled(records, tokenizer, data.max_length, self.labels.names)
+        return kept(found, problems, data, part)
+
+    def _say_doubts(self) -> None:
+        """What is no error, and costs accuracy."""
+        twice = contradictions([*self._raw.train, *self._raw.held_out])
+        if twice:
+            notice(f"{counted(len(twice))} with a text that has another label elsewhere: {twice[0]}")
+        few = [name for name, count in balance(self._raw.train, self.labels.names).items() if count < RARE]
+        if few and self.labels.told != "number":
+            shown = ", ".join(few[:5]) + (" ..." if len(few) > 5 else "")
+            count = f"{len(few)} of {len(self.labels.names)} labels"
+            notice(f"{count} have fewer than {RARE} training rows: {shown}.")
+
+
+class HeldOutLabels:
+    """Loss and main figures on held-out rows while training; of `ROWS_DURING_TRAINING` of them at most."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[LabelledRow], labels: Labels, pad: int) -> None:
+        stride = -(-len(rows) // ROWS_DURING_TRAINING)
+        self.model, self.rows, self.labels, self.pad = model, list(rows)[::stride], labels, pad
+
+    def __call__(self, stop: StopAsked) -> HeldOut | None:
+        found = evaluate_labelled(self.model, self.rows, self.labels, name="", pad=self.pad, should_stop=stop)
+        return held_out(found)
+
+
+def held_out(found: Evaluation) -> HeldOut | None:
+    """Of a whole evaluation; None of one that was stopped."""
+    if not found.complete:
+        return None
+    figures = {name: KNOWN[name].value(found.rows) for name in found.measures[:2]}
+    return HeldOut(found.loss, found.tokens, len(found.rows), metrics=figures)
+
+
+def label_names(given: Sequence[str]) -> tuple[str, ...]:
+    """The labels that a recipe names, itself or by a file.
+
+    Raises:
+        DataError: the file does not hold them; ConfigError: a name comes twice.
+    """
+    names = read_label_map(Path(given[0])) if len(given) == 1 else tuple(given)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"task.labels names {twice!r} more than once.", fix="Name every label once.")
+    return names
+
+
+def require_no_metrics(recipe: Recipe) -> None:
+    """Refuse measures of text.
+
+    Raises:
+        ConfigError: `eval.metrics` names some.
+    """
+    if recipe.eval.metrics != "auto":
+        measures = ", ".join(name for names in MEASURES.values() for name in names)
+        raise ConfigError(
+            f"eval.metrics has no effect on task {recipe.task.type}.",
+            meaning=f"Labels are measured by what fits them: {measures}.",
+            fix="Leave it at auto.",
+        )
