@@ -17,6 +17,7 @@ from torch import nn
 
 from graftlm.core.errors import ModelError
 from graftlm.methods.attach import adapters_of
+from graftlm.methods.virtual.stacks import first_position
 
 Finish = Literal["end", "length", "context", "cancelled"]
 Progress = Callable[[int, int], None]
@@ -101,14 +102,14 @@ def generate_ids(
     ends = frozenset(stop_ids)
     results = [Generated((), "cancelled")] * len(prompts)
     done = 0
-    with evaluation_mode(model), _plain_generation(model), _seeded(model, sampling):
+    with evaluation_mode(model), plain_generation(model), seeded(model, sampling):
         for batch, new_tokens in _batches(prompts, max_new_tokens, limit, rows_per_batch):
             if should_stop is not None and should_stop():
                 break
             drawn = _decode_batch(model, [prompts[i] for i in batch], new_tokens, ends, sampling)
             for index, tokens in zip(batch, drawn, strict=True):
                 room = _room(len(prompts[index]), max_new_tokens, limit)
-                results[index] = _cut(tokens, ends, room, max_new_tokens)
+                results[index] = cut(tokens, ends, room, max_new_tokens)
             done += len(batch)
             if progress is not None:
                 progress(done, len(prompts))
@@ -142,6 +143,7 @@ def context_length(model: nn.Module) -> int | None:
     length = getattr(text, "max_position_embeddings", None)
     adapters = adapters_of(model)
     taken = sum(adapters.config(name).positions_taken for name in adapters.active) if adapters else 0
+    taken += first_position(getattr(model, "base_model", model))
     return int(length) - taken if isinstance(length, int) and length > 0 else None
 
 
@@ -167,7 +169,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
+def plain_generation(model: Any) -> Iterator[None]:
     """Hide the model's recommended settings: `generate` would fill every unset field from them."""
     from transformers import GenerationConfig
 
@@ -180,7 +182,8 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(model: nn.Module, sampling: Sampling | None) -> Iterator[None]:
+def seeded(model: nn.Module, sampling: Sampling | None) -> Iterator[None]:
+    """Draws inside depend on the seed alone; the global random state is left as it was."""
     if sampling is None:
         yield
         return
@@ -195,7 +198,7 @@ def _require_usable(model: nn.Module, prompts: Sequence[Sequence[int]], limit: i
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder model.",
             meaning="A prompt that is continued needs a causal model.",
-            fix="Load a causal model.",
+            fix="Load a causal model; models.generate_answers writes for encoder-decoders.",
         )
     for number, prompt in enumerate(prompts):
         if not len(prompt):
@@ -264,7 +267,8 @@ def _decode_batch(
     return rows
 
 
-def _cut(tokens: Sequence[int], ends: frozenset[int], room: int, wanted: int) -> Generated:
+def cut(tokens: Sequence[int], ends: frozenset[int], room: int, wanted: int) -> Generated:
+    """The tokens before the first end token, at most `room`; `wanted` would have been allowed."""
     for place, token in enumerate(tokens[:room]):
         if token in ends:
             return Generated(tuple(tokens[:place]), "end", token)
