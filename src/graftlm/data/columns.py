@@ -42,6 +42,14 @@ _PAIRS: tuple[tuple[str, str], ...] = (
     ("src", "tgt"),
 )
 
+_EXCHANGE = ("prompt", "completion")
+_JUDGED: dict[str, tuple[str, ...]] = {
+    "chosen_score": ("chosen_score", "score_chosen", "chosen_rating", "rating_chosen"),
+    "rejected_score": ("rejected_score", "score_rejected", "rejected_rating", "rating_rejected"),
+    "margin": ("margin",),
+    "system": ("system",),
+    "tools": ("tools",),
+}
 _CONVERSATION = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 #: Format -> its fields, in the order in which a user names their columns.
 FIELDS = {
@@ -102,12 +110,24 @@ def _preference(columns: ColumnNames) -> Format | None:
         prompt = columns.find("prompt", "question", "instruction", *_CONVERSATION)
         if prompt:
             found["prompt"] = prompt
-        return Format("preference", found, has(found))
-    messages, label = columns.find(*_CONVERSATION), columns.find("label")
-    if messages and label and isinstance(columns.sample(label), bool):
+        return Format("preference", found | _beside(columns), has(found))
+    label = columns.find("label")
+    if not label or not isinstance(columns.sample(label), bool):
+        return None
+    messages = columns.find(*_CONVERSATION)
+    prompt, completion = (columns.find(*ALIASES["prompt_completion"][field]) for field in _EXCHANGE)
+    if messages:
         found = {"messages": messages, "mark": label}
-        return Format("preference", found, f"{has(found)}, which is true or false")
-    return None
+    elif prompt and completion:
+        found = {"prompt": prompt, "completion": completion, "mark": label}
+    else:
+        return None
+    return Format("preference", found | _beside(columns), f"{has(found)}, which is true or false")
+
+
+def _beside(columns: ColumnNames) -> dict[str, str]:
+    """What rows may say of their answers besides."""
+    return {field: name for field, names in _JUDGED.items() if (name := _optional(columns, names))}
 
 
 def _conversation(columns: ColumnNames) -> Format | None:

@@ -238,6 +238,10 @@ def _preference(row: Row, columns: Columns) -> list[Draft]:
     if "mark" in columns:
         if row.get(columns["mark"]) is not True:
             raise RowError("bad_answer", "the answer is marked as bad", "Nothing to do: it is not imitated.")
+        if "completion" in columns:
+            asked = text_of(row.get(columns["prompt"]), columns["prompt"], "the prompt")
+            said = text_of(row.get(columns["completion"]), columns["completion"], "the answer")
+            return [_exchange(asked, said, "completion")]
         return [finished(turns_of(row.get(columns["messages"]), columns["messages"]))]
     chosen = row.get(columns["chosen"])
     prompt = row.get(columns["prompt"]) if "prompt" in columns else None

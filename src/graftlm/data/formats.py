@@ -9,7 +9,7 @@
 | `question_answer` | question, answer | prompt and completion |
 | `text_label` | text, label | prompt and completion |
 | `source_target` | source, target | prompt and completion |
-| `preference` | chosen, rejected; or messages with a good/bad mark | needs preference training |
+| `preference` | chosen, rejected; or an answer with a good/bad mark | preference pairs, marked answers |
 | `text` | text | plain text |
 """
 
@@ -74,9 +74,10 @@ def to_examples(
     row 2: the answer ('completion') is empty. Fill it in or remove the row.
     """
     if format.name == "preference" and format.origin == "detected":
+        task = "kto" if "mark" in format.columns else "dpo"
         raise DataError(
             f"This is preference data: {format.why}.",
-            meaning="Preference data needs --task dpo, which is not in this version.",
+            meaning=f"Who learns from preferences needs --task {task}.",
             fix="To imitate the better answers instead, name the format: --set data.format=preference",
         )
     convert = CONVERTERS[format.name]
