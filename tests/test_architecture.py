@@ -61,7 +61,12 @@ SUBSTRING_METHODS = {
     *("split", "partition", "match", "search", "fullmatch"),
 }
 
-IMPORT_NAMES = {"pyyaml": "yaml", "liger-kernel": "liger_kernel", "prometheus-client": "prometheus_client"}
+IMPORT_NAMES = {
+    "pyyaml": "yaml",
+    "liger-kernel": "liger_kernel",
+    "prometheus-client": "prometheus_client",
+    "rouge-score": "rouge_score",
+}
 
 
 @dataclass(frozen=True)

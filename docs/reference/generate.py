@@ -14,8 +14,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from graftlm.methods.table import METHODS
+from graftlm.objectives.settings import SETTINGS
+from graftlm.tasks.table import TASKS
 from graftlm.training.method_section import TYPES, Method
 from graftlm.training.recipe import Recipe
+from graftlm.training.task_section import TaskChoice
 
 HERE = Path(__file__).parent
 VERBS = ("demo", "check", "tune", "eval", "merge", "combine", "chat", "env")
@@ -30,6 +33,9 @@ def recipe_page() -> str:
         section = field.annotation
         if section is Method:
             lines += _methods()
+            continue
+        if section is TaskChoice:
+            lines += _tasks()
             continue
         if not _is_config(section):
             lines += [f"## {name}", "", f"{_kind(field.annotation)}; default `{field.default}`", ""]
@@ -54,6 +60,33 @@ def _methods() -> list[str]:
         lines += ["| field | values | default | meaning |", "|---|---|---|---|"]
         lines += [_row(key, inner) for key, inner in config.model_fields.items()]
     return [*lines, ""]
+
+
+def _tasks() -> list[str]:
+    """Every type of the `task` section, with its settings."""
+    lines = ["## task", "", "`type` says what is learnt; default `auto`. `task: dpo` is short for",
+             "`task: {type: dpo}`; on the command line `--task dpo --set task.beta=0.2`.", "",
+             "| type | what is learnt |", "|---|---|"]  # fmt: skip
+    lines += [
+        f"| `{name}` | {_first_line(TASKS.get(name, settings))} |" for name, settings in SETTINGS.items()
+    ]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[str, tuple[str, ...]] = {
+        name: tuple(_row(key, inner) for key, inner in settings.model_fields.items())
+        for name, settings in SETTINGS.items()
+    }
+    for name, fields in rows.items():
+        groups.setdefault(fields, []).append(name)
+    for fields, names in groups.items():
+        if fields:
+            lines += ["", f"### {', '.join(f'`{name}`' for name in names)}", ""]
+            lines += ["| field | values | default | meaning |", "|---|---|---|---|", *fields]
+    return [*lines, ""]
+
+
+def _first_line(kind: type) -> str:
+    """What a class says of itself, up to the first blank line."""
+    return " ".join((kind.__doc__ or "").strip().partition("\n\n")[0].split())
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from graftlm.core.environment import Environment, describe_environment
+from graftlm.data.task_report import TaskReport as TaskReport
 from graftlm.formats.layout import FOLDER
 from graftlm.methods import attach as attaching
 from graftlm.methods.adapter_set import AdapterSet, ParameterType

@@ -18,7 +18,7 @@ VERBS = ("demo", "tune", "check", "eval", "merge", "chat", "combine", "env")
 OPTIONS = {
     "demo": {"--out"},
     "tune": {"--model", "--method", "--task", "--out", "--set", "--resume"},
-    "check": {"--model", "--max-length", "--format", "--template"},
+    "check": {"--model", "--task", "--set", "--max-length", "--format", "--template"},
     "eval": {"--data", "--against", "--base", "--limit"},
     "merge": {"--base", "--dtype", "--force", "--into", "--out", "--requantize"},
     "chat": {"--base", "--prompt", "--max-new-tokens"},

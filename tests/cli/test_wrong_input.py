@@ -217,11 +217,13 @@ def test_three_parts_and_nothing_written(wrong: Wrong, place: Path, graft: Calla
 
 
 REAL = [
-    Wrong("tune good.jsonl --out new --model MODELS/g2p-bart-gb", 1, "is an encoder-decoder model",
-          "causal", "ForCausalLM"),
-    Wrong("tune good.jsonl --out new --model MODELS/roberta-tiny-en", 1, "does not write text", "encoder",
-          "ForCausalLM"),
-    Wrong("chat MODELS/g2p-bart-gb --prompt x", 1, "is an encoder-decoder model", "causal", "ForCausalLM"),
+    Wrong("tune good.jsonl --out new --model MODELS/g2p-bart-gb --task sft", 1,
+          "is an encoder-decoder model", "", ""),
+    Wrong("tune good.jsonl --out new --model MODELS/roberta-tiny-en", 1, "only reads text", "encoder",
+          "a base that writes"),
+    Wrong("tune good.jsonl --out new --model MODELS/roberta-tiny-en --task sft", 1, "does not write text",
+          "encoder", "ForCausalLM"),
+    Wrong("chat MODELS/roberta-tiny-en --prompt x", 1, "does not write text", "encoder", "ForCausalLM"),
     Wrong("eval run --data good.jsonl --base MODELS/stories260K", 1, "another base", "weights", "base"),
 ]  # fmt: skip
 

@@ -156,6 +156,37 @@ def test_the_page_shows_the_figures(data: ReportData) -> None:
     assert reader.tags.count("svg") > 6
 
 
+def test_the_page_shows_what_a_task_is_judged_by(data: ReportData) -> None:
+    """Measures, labels and curves of a classifier, whose labels somebody else wrote."""
+    label = HOSTILE[0]
+    rows = tuple(
+        replace(row, reference=label, prediction=label if row.row > 10 else "that",
+                figures={"accuracy": float(row.row > 10)})
+        for row in evaluation("adapter", 0.5, "this").rows
+    )  # fmt: skip
+    after = replace(
+        evaluation("adapter", 0.5, "this"), rows=rows, measures=("accuracy",), labels=(label, "that")
+    )
+    before = replace(
+        after, rows=tuple(replace(row, prediction="that", figures={"accuracy": 0.0}) for row in rows)
+    )
+    events = [
+        {"kind": kind, "step": step, "loss": 1.0, "metrics": {"accuracy": step / 10}}
+        for step in (1, 2)
+        for kind in ("step", "evaluate")
+    ]
+    found = compare(before, after)
+    made = replace(data, comparison=found, verdict=verdict(found), curves=curves_from_events(events))
+    assert made.curves is not None and made.curves.metrics[0].held_out == ((1.0, 0.1), (2.0, 0.2))
+    reader = read(page(made))
+    shown = " ".join(reader.text)
+    for figure in ("Accuracy", "75.0\u202f%", "+75.0 points", "Taken for", "training 0.2, held out 0.2"):
+        assert figure in shown, figure
+    assert "Exact answers" not in shown  # accuracy says it
+    assert label in shown and "script" not in reader.tags
+    assert json.loads(report_json(made))["comparison"]["labels"]["confused"][0]["rows"] == 10
+
+
 def test_the_page_opens_offline(data: ReportData) -> None:
     html = page(data)
     assert "http://" not in html

@@ -73,6 +73,13 @@ def test_a_step_holds_about_sixteen_rows(length: int, count: int, window: int) -
         assert rows <= ROWS_PER_STEP * 1.5
 
 
+def test_a_task_has_a_rate_of_its_own() -> None:
+    plain, _ = fitted(recipe(), [10], 256)
+    scaled, notes = fitted(recipe(), [10], 256, 0.3)
+    assert scaled.train.learning_rate == pytest.approx(0.3 * plain.train.learning_rate)
+    assert any("5.4e-04" in note for note in notes)
+
+
 def test_rates_fall_with_width_and_stay_in_bounds() -> None:
     rates = [rate_for_width(2**power) for power in range(4, 16)]
     assert rates == sorted(rates, reverse=True)

@@ -64,9 +64,16 @@ def test_an_adapter_folder(tuned: TuneResult, session: ChatSession) -> None:
     assert chat(tuned.adapter, max_new_tokens=12).reply(QUESTION)
 
 
+def test_an_encoder_decoder_answers_a_source(shared: Path) -> None:
+    session = chat(shared / "models" / "g2p-bart-gb")
+    first = session.reply("shart")
+    assert (session.style, first) == ("completion", "ʃˈɑːt"), "as its description says"
+    assert session.reply("shart") == first, "there is no conversation"
+
+
 def test_what_cannot_talk(shared: Path) -> None:
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        chat(shared / "models" / "g2p-bart-gb")
+    with pytest.raises(ModelError, match="does not write text"):
+        chat(shared / "models" / "roberta-tiny-en")
 
 
 def test_names_of_the_registry() -> None:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from graftlm.data.records import Problem
-    from graftlm.data.report import CheckReport
+    from graftlm.data.report import CheckReport, Lengths
+    from graftlm.data.task_report import TaskReport
 
 _SHOWN = 10
 _BAR = 40
@@ -26,9 +27,9 @@ def render_check(report: CheckReport, console: Console) -> None:
     """
     console.print(Text(report.source, style="bold"))
     console.print(_facts(report))
-    _print_problems(report, console)
+    print_problems(report, console)
     console.print(Text(f"\nLengths in {report.lengths.unit}", style="bold"))
-    console.print(_histogram(report))
+    console.print(histogram(report.lengths))
     console.print(Text(f"\nRow {report.sample_row} as it is trained", style="bold"), end="")
     coloured = console.color_system is not None
     legend = "  (green: learnt, dim: only read)\n" if coloured else "  (⟦learnt⟧, the rest is only read)\n"
@@ -92,7 +93,8 @@ def _rows(report: CheckReport, numbers: tuple[int, ...] | list[int]) -> str:
     return f" (rows {report.ranges(numbers, limit=5)})" if numbers else ""
 
 
-def _print_problems(report: CheckReport, console: Console) -> None:
+def print_problems(report: CheckReport | TaskReport, console: Console) -> None:
+    """The first problems, and how many there are of each kind besides."""
     if not report.problems:
         console.print(Text("\nNo problems.", style="bold green"))
         return
@@ -117,12 +119,13 @@ def _problem(problem: Problem) -> tuple[Text, Text]:
     return Text(problem.severity, style), Text.assemble(f"{where}{problem.what}. ", (problem.fix, "dim"))
 
 
-def _histogram(report: CheckReport) -> Table:
+def histogram(lengths: Lengths) -> Table:
+    """How many rows have which length, as bars."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(justify="right")
     table.add_column(no_wrap=True)
-    most = max(count for _, _, count in report.lengths.histogram)
-    for low, high, count in report.lengths.histogram:
+    most = max(count for _, _, count in lengths.histogram)
+    for low, high, count in lengths.histogram:
         table.add_row(
             f"{low:,}-{high:,}" if low != high else f"{low:,}", Text(f"{_bar(count, most)} {count:,}")
         )

@@ -102,7 +102,7 @@ def _character_facts(examples: Sequence[Example]) -> Facts:
         heading = [] if turn.role == "text" else [(f"{turn.role}: ", False)]
         pieces += [*heading, (turn.text[:_SAMPLE_LIMIT], turn.trained), ("\n", False)]
     total = sum(size for size, _ in sizes)
-    lengths = _lengths([size for size, _ in sizes], "characters")
+    lengths = lengths_of([size for size, _ in sizes], "characters")
     return lengths, trained / max(1, total), tuple(pieces[:-1]), examples[middle].row, sizes
 
 
@@ -113,7 +113,7 @@ def _token_facts(encoded: Sequence[Encoded], tokenizer: Tokenizer) -> Facts:
     short = [row for row in encoded if not row.truncated and len(row.input_ids) <= _SAMPLE_LIMIT]
     whole = short or [row for row in encoded if not row.truncated] or list(encoded)
     typical = sorted(whole, key=lambda row: len(row.input_ids))[len(whole) // 2]
-    lengths = _lengths([size for size, _ in sizes], "tokens")
+    lengths = lengths_of([size for size, _ in sizes], "tokens")
     return lengths, trained / total, sample_tokens(typical, tokenizer), typical.row, sizes
 
 
@@ -133,7 +133,8 @@ def sample_tokens(encoded: Encoded, tokenizer: Tokenizer) -> Sample:
     return (*pieces, ("...", False)) if len(encoded.input_ids) > len(ids) else tuple(pieces)
 
 
-def _lengths(sizes: Sequence[int], unit: str) -> Lengths:
+def lengths_of(sizes: Sequence[int], unit: str) -> Lengths:
+    """How long rows are; `unit` is "tokens" or "characters"."""
     ordered = sorted(sizes)
 
     def at(share: float) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftlm.core.errors import DataError
+from graftlm.evaluation.label_table import LabelTable, label_table
+from graftlm.evaluation.measure_change import MeasureChange, measure_changes
 from graftlm.evaluation.metrics import LossChange, Share, exact_match, mcnemar, paired_bootstrap, share_of
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation
 
@@ -53,7 +55,10 @@ class SampleChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the adapter did to the held-out rows. Samples: largest gains, largest losses, random others."""
+    """What the adapter did to the held-out rows. Samples: largest gains, largest losses, random others.
+
+    `measures` are what the task is judged by, the first before all others; none where the loss alone counts.
+    """
 
     before: str
     after: str
@@ -62,6 +67,9 @@ class Comparison:
     gains: tuple[SampleChange, ...]
     losses: tuple[SampleChange, ...]
     others: tuple[SampleChange, ...]
+    measures: tuple[MeasureChange, ...] = ()
+    labels: LabelTable | None = None
+    loss_title: str = "Held-out loss"
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,9 @@ def compare(before: Evaluation, after: Evaluation, *, samples: int = 3, seed: in
         gains=gains,
         losses=losses,
         others=others,
+        measures=measure_changes(before, after, seed=seed),
+        labels=label_table(before, after),
+        loss_title=after.loss_title,
     )
 
 

@@ -166,14 +166,14 @@ def paired_bootstrap(
     if not np.isfinite(sums).all() or (sums[2] <= 0).any():
         raise ValueError("every row needs finite losses and at least one target token")
     drawn = _resampled_sums(sums, np.random.default_rng(seed), resamples)
-    level = _expanded(float(sums[2].sum() ** 2 / (sums[2] ** 2).sum()))
+    level = percentile_level(float(sums[2].sum() ** 2 / (sums[2] ** 2).sum()))
     old, new = _ratio(sums.sum(axis=1), 0), _ratio(sums.sum(axis=1), 1)
     drawn_old, drawn_new = drawn[0] / drawn[2], drawn[1] / drawn[2]
     return LossChange(
-        before=_percentile(old, drawn_old, level),
-        after=_percentile(new, drawn_new, level),
-        difference=_percentile(new - old, drawn_new - drawn_old, level),
-        relative=_percentile(_relative(old, new), _relative_all(drawn_old, drawn_new), level),
+        before=percentile_interval(old, drawn_old, level),
+        after=percentile_interval(new, drawn_new, level),
+        difference=percentile_interval(new - old, drawn_new - drawn_old, level),
+        relative=percentile_interval(_relative(old, new), _relative_all(drawn_old, drawn_new), level),
         rows=rows,
         tokens=int(sums[2].sum()),
     )
@@ -202,12 +202,13 @@ def _relative_all(old: Floats, new: Floats) -> Floats:
     return np.divide(new, old, out=np.ones_like(new), where=old > 0) - 1
 
 
-def _percentile(value: float, drawn: Floats, level: float) -> Interval:
+def percentile_interval(value: float, drawn: Floats, level: float) -> Interval:
+    """The interval that holds the share `level` of what resampling gave."""
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
 
-def _expanded(rows: float) -> float:
+def percentile_level(rows: float) -> float:
     """The level at which percentiles must be read so that this many equally long rows still give 95 %."""
     if rows < 2:
         return CONFIDENCE

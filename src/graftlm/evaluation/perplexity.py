@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from graftlm.data.forms import DOCUMENTS, flat
 from graftlm.evaluation.rows import IGNORED, TokenRow, target_count
 from graftlm.models.generate import Progress, StopFlag, context_length, evaluation_mode, input_device
 from graftlm.objectives.sft import attention_of
+
+R = TypeVar("R")
 
 _LOGIT_BYTES = 64 * 2**20  # fp32 logits alive at a time
 _FULL_LOGIT_BYTES = 256 * 2**20  # where a model gives only full logits: of how many rows at a time
@@ -70,7 +72,7 @@ def row_losses(
         for batch in _batches(rows, rows_per_batch, tokens_per_batch):
             if should_stop is not None and should_stop():
                 break
-            sums = _halving(measure, [rows[i] for i in batch])
+            sums = halving(measure, [rows[i] for i in batch])
             found.update({i: RowLoss(i, s, target_count(rows[i])) for i, s in zip(batch, sums, strict=True)})
             if progress is not None:
                 progress(len(found), len(rows))
@@ -118,7 +120,7 @@ def _batches(rows: Sequence[TokenRow], most_rows: int, most_tokens: int) -> Iter
         yield batch
 
 
-def _halving(measure: Callable[[Sequence[TokenRow]], list[float]], rows: Sequence[TokenRow]) -> list[float]:
+def halving(measure: Callable[[Sequence[R]], list[float]], rows: Sequence[R]) -> list[float]:
     """Measure `rows`; when the accelerator is out of memory, in two halves."""
     try:
         return measure(rows)
@@ -127,7 +129,7 @@ def _halving(measure: Callable[[Sequence[TokenRow]], list[float]], rows: Sequenc
             raise
     torch.cuda.empty_cache()  # does nothing where CUDA was never used
     half = len(rows) // 2
-    return _halving(measure, rows[:half]) + _halving(measure, rows[half:])
+    return halving(measure, rows[:half]) + halving(measure, rows[half:])
 
 
 class _Measure:

@@ -18,6 +18,15 @@ Points = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
+class MetricCurve:
+    """One figure of the task over the steps: in training batches and on held-out rows."""
+
+    name: str
+    training: Points = ()
+    held_out: Points = ()
+
+
+@dataclass(frozen=True)
 class Curves:
     """A run over its optimizer steps; `skipped` counts steps that were refused (not finite)."""
 
@@ -27,6 +36,7 @@ class Curves:
     grad_norm: Points = ()
     tokens_per_second: Points = ()
     skipped: int = 0
+    metrics: tuple[MetricCurve, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,22 @@ def curves_from_events(events: Sequence[Mapping[str, Any]]) -> Curves:
         grad_norm=_points(events, "step", "grad_norm"),
         tokens_per_second=_points(events, "step", "tokens_per_second"),
         skipped=sum(event.get("kind") == "skipped" for event in events),
+        metrics=_metric_curves(events),
     )
+
+
+def _metric_curves(events: Sequence[Mapping[str, Any]]) -> tuple[MetricCurve, ...]:
+    """In the order in which the names first appear."""
+    inside = [{**event, **_metrics(event), "step": event.get("step")} for event in events]
+    names = dict.fromkeys(name for event in events for name in _metrics(event))
+    return tuple(
+        MetricCurve(name, _points(inside, "step", name), _points(inside, "evaluate", name)) for name in names
+    )
+
+
+def _metrics(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = event.get("metrics")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _points(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Points:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from graftlm.evaluation.measures import MEASURES
 from graftlm.evaluation.report_charts import Series, line_chart
 from graftlm.evaluation.report_data import (
     Curves,
     DataFacts,
     Fact,
     MergeCheck,
+    MetricCurve,
     NextStep,
     Notice,
     Sheet,
@@ -55,11 +57,23 @@ def curves_section(curves: Curves | None) -> str:
                 from_zero=True,
                 show=count,
             ),
+            *map(_metric_chart, curves.metrics),
         )
     )
     refused = f"Steps refused because their loss or gradient was not finite: {count(curves.skipped)}."
     note = f'<p class="note after">{refused}</p>' if curves.skipped else ""
     return f'<section><h2>Training</h2><div class="charts">{charts}</div>{note}</section>' if charts else ""
+
+
+def _metric_chart(curve: MetricCurve) -> str:
+    """A figure of the task over the steps."""
+    return line_chart(
+        MEASURES[curve.name].title if curve.name in MEASURES else curve.name.replace("_", " "),
+        [
+            Series("training", curve.training, marks="smoothed"),
+            Series("held out", curve.held_out, tone="ink", marks="dots"),
+        ],
+    )
 
 
 def training_section(facts: TrainingFacts | None) -> str:

@@ -14,6 +14,7 @@ from graftlm.evaluation.report_facts import (
     sheet_section,
     training_section,
 )
+from graftlm.evaluation.report_measures import labels_section
 from graftlm.evaluation.report_memory import memory_section
 from graftlm.evaluation.report_results import before_and_after, samples_section, tiles, verdict_section
 from graftlm.evaluation.report_style import style_sheet
@@ -29,6 +30,7 @@ def page(data: ReportData) -> str:
         tiles(data),
         notices_section(data.notices),
         before_and_after(data.comparison, data.forgetting),
+        labels_section(data.comparison.labels if data.comparison else None),
         curves_section(data.curves),
         samples_section(data.comparison),
         training_section(data.training),

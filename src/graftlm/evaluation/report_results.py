@@ -9,6 +9,7 @@ from graftlm.evaluation.compare import Comparison, Forgetting, SampleChange, Sha
 from graftlm.evaluation.metrics import LossChange, exact_match, perplexity
 from graftlm.evaluation.report_charts import interval_chart
 from graftlm.evaluation.report_data import ReportData
+from graftlm.evaluation.report_measures import measure_blocks, measure_tile
 from graftlm.evaluation.report_text import (
     clipped,
     count,
@@ -40,12 +41,15 @@ def tiles(data: ReportData) -> str:
     """Up to four figures that sum the run up."""
     found = []
     if data.comparison is not None:
-        loss = data.comparison.loss
-        rows = f"{count(loss.rows)} rows never trained on"
-        found.append(
-            _tile("Held-out loss", _arrow(number(loss.before.value), number(loss.after.value)), rows)
-        )
-        match = data.comparison.exact_match
+        for change in data.comparison.measures[:2]:
+            label, before, after, rows = measure_tile(change)
+            found.append(_tile(label, _arrow(before, after), rows))
+        if not data.comparison.measures:
+            loss = data.comparison.loss
+            rows = f"{count(loss.rows)} rows never trained on"
+            figure = _arrow(number(loss.before.value), number(loss.after.value))
+            found.append(_tile(text(data.comparison.loss_title), figure, rows))
+        match = _answers(data.comparison)
         if match is not None:
             shares = _arrow(percent(match.before.interval.value), percent(match.after.interval.value))
             found.append(_tile("Exact answers", shares, f"of {count(match.after.rows)} asked"))
@@ -62,9 +66,15 @@ def before_and_after(comparison: Comparison | None, forgetting: Forgetting | Non
     """Every measure with its interval."""
     found = []
     if comparison is not None:
-        found.append(_loss_measure("Held-out loss", comparison.loss, "Rows that were kept out of training."))
-        if comparison.exact_match is not None:
-            found.append(_share_measure(comparison.exact_match))
+        found += measure_blocks(comparison.measures)
+        if comparison.loss_title:
+            about = "Rows that were kept out of training."
+            # A loss over rows or pairs has no perplexity.
+            show = _loss_beside if comparison.measures else _loss_measure
+            found.append(show(text(comparison.loss_title), comparison.loss, about))
+        match = _answers(comparison)
+        if match is not None:
+            found.append(_share_measure(match))
     if forgetting is not None:
         found.append(
             _loss_measure(
@@ -78,9 +88,14 @@ def before_and_after(comparison: Comparison | None, forgetting: Forgetting | Non
     return (
         f'<section><h2>Before and after</h2><div class="card">{"".join(found)}</div>'
         '<p class="note after">Dots are measured values, bars 95\u202f% intervals. Loss is in nats per '
-        "token: lower is better. The interval of a change is narrower than the bars suggest, because the "
-        "same rows are measured twice.</p></section>"
+        "token, row or pair: lower is better. The interval of a change is narrower than the bars suggest, "
+        "because the same rows are measured twice.</p></section>"
     )
+
+
+def _answers(comparison: Comparison) -> ShareChange | None:
+    """Exact match, where no measure of the task says the same."""
+    return None if comparison.labels is not None else comparison.exact_match
 
 
 def samples_section(comparison: Comparison | None) -> str:
@@ -127,6 +142,14 @@ def _loss_measure(title: str, loss: LossChange, about: str) -> str:
     )
 
 
+def _loss_beside(title: str, loss: LossChange, about: str) -> str:
+    """The loss of a task that is judged by something else."""
+    difference = loss.difference
+    figures = f"95\u202f% interval {signed(difference.low)} to {signed(difference.high)}."
+    chart = interval_chart(loss.before, loss.after, short_loss)
+    return _measure(title, signed(difference.value), figures, f"{about} {count(loss.rows)} rows.", chart)
+
+
 def _share_measure(match: ShareChange) -> str:
     points = (match.after.interval.value - match.before.interval.value) * 100
     figures = (
@@ -170,24 +193,19 @@ def _sample(sample: SampleChange, comparison: Comparison) -> str:
         f'<div class="head"><b>Row {count(sample.row)}</b><span>loss {number(sample.loss_before)} \u2192 '
         f"{number(sample.loss_after)}</span></div>"
     )
-    if sample.reference is None or sample.answer_before is None or sample.answer_after is None:
+    if sample.answer_before is None or sample.answer_after is None:
         nothing = '<p class="note">Running text, or a row that was not asked: no answers.</p>'
         return f'<article class="card sample">{head}{nothing}</article>'
-    voices = (
-        _voice(
-            "base",
-            comparison.before,
-            sample.answer_before,
-            exact_match(sample.answer_before, sample.reference),
-        ),
-        _voice(
-            "adapter",
-            comparison.after,
-            sample.answer_after,
-            exact_match(sample.answer_after, sample.reference),
-        ),
-        _voice("reference", "reference", sample.reference, False),
-    )
+    reference = sample.reference
+    voices = [
+        _voice(kind, name, said, reference is not None and exact_match(said, reference))
+        for kind, name, said in (
+            ("base", comparison.before, sample.answer_before),
+            ("adapter", comparison.after, sample.answer_after),
+        )
+    ]
+    if reference is not None:
+        voices.append(_voice("reference", "reference", reference, False))
     prompt = f'<div class="prompt"><span class="who">prompt</span>{_said(sample.prompt or "")}</div>'
     return f'<article class="card sample">{head}{prompt}<div class="voices">{"".join(voices)}</div></article>'
 

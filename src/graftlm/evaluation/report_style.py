@@ -137,7 +137,7 @@ tr:first-child>th{border-top:0}
 th,.n{white-space:nowrap;overflow-wrap:normal}.n{text-align:right}.n+td,.n+th{padding-left:24px}td:last-child,th:last-child{padding-right:0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:20px 32px;margin:0}
 dt{font-size:13px;color:var(--muted)}dd{margin:0}
-dl+table,dl+.note,table+.note{margin-top:24px}
+dl+table,dl+.note,table+.note,table+table,.note+table{margin-top:24px}
 .paths dl{display:block;margin-top:20px}.card>:last-child{margin-bottom:0}
 .sample{margin-bottom:16px}
 .sample .head{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:14px;color:var(--muted);

@@ -65,6 +65,15 @@ def signed_percent(share: float, digits: int = 1) -> str:
     return f"{signed(share * 100, digits)}{_THIN}%"
 
 
+def plain(figure: str) -> str:
+    """A figure in plain text as the page has it: a real minus sign, and a unit that stays with its number.
+
+    >>> plain("-3.1 %")
+    '\u22123.1\u202f%'
+    """
+    return figure.replace("-", _MINUS).replace(" %", f"{_THIN}%")
+
+
 def count(value: float) -> str:
     """A whole number with thousands set apart."""
     return f"{value:,.0f}"

@@ -60,6 +60,10 @@ class Evaluation:
     logits_path: str
     measures: tuple[str, ...] = ()
     """What the task is judged by, the first before all others (see `evaluation.measures`)."""
+    labels: tuple[str, ...] = ()
+    """Where predictions and references are names of labels: all of them, in order."""
+    loss_title: str = "Held-out loss"
+    """What the loss is called; empty where it says nothing that a measure does not say."""
 
     @property
     def tokens(self) -> int:
@@ -152,7 +156,7 @@ def evaluate(
     done = tuple(
         _row(rows[loss.index], loss.loss_sum, loss.tokens, by_index.get(loss.index)) for loss in losses.rows
     )
-    _require_finite(name, done)
+    require_finite(name, done)
     return Evaluation(name, done, time.monotonic() - started, complete, losses.path)
 
 
@@ -169,7 +173,10 @@ def _offset(progress: Progress | None, before: int, total: int) -> Progress | No
     return lambda done, _total: progress(before + done, total)
 
 
-def _require_finite(name: str, rows: Sequence[EvaluatedRow]) -> None:
+def require_finite(name: str, rows: Sequence[EvaluatedRow]) -> None:
+    """Raises:
+    DataError: the loss of a row overflowed, or is no number.
+    """
     bad = [f"row {row.row}: loss {row.loss_sum}" for row in rows if not abs(row.loss_sum) < float("inf")]
     if bad:
         raise DataError(

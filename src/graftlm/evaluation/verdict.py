@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from graftlm.evaluation.compare import Comparison, Forgetting, ShareChange
-from graftlm.evaluation.metrics import Interval, LossChange
+from graftlm.evaluation.measure_change import MeasureChange
+from graftlm.evaluation.measure_text import brief, sentence
+from graftlm.evaluation.metrics import Interval
 
 Outcome = Literal["PASS", "FAIL", "INSUFFICIENT"]
 
@@ -15,6 +18,8 @@ MINIMUM_ROWS = 10
 """With fewer rows no interval is trusted."""
 SAME = 0.01
 """Losses within 1 % of each other count as the same."""
+TOLD = 2
+"""Measures that the sentence gives besides the one that judges."""
 SIGNIFICANT = 0.05
 MUCH = 0.25
 """A rise of the loss on known text by more than a quarter is called much."""
@@ -59,7 +64,9 @@ def verdict(
     )
     figures = "; ".join(part.figures for part in parts)
     if memory is None:
-        return Verdict(outcome, f"{figures}: {task.words}. Forgetting was not measured.")
+        # A task with measures of its own need not write text, of which something could be forgotten.
+        unmeasured = "" if comparison.measures else " Forgetting was not measured."
+        return Verdict(outcome, f"{figures}: {task.words}.{unmeasured}")
     joined = f"{task.words}, {_joint(task, memory)} {memory.words}"
     return Verdict(outcome, f"{figures}: {joined}.")
 
@@ -70,6 +77,35 @@ def _joint(task: _Part, memory: _Part) -> str:
 
 
 def _task(comparison: Comparison) -> _Part:
+    first = comparison.measures[0] if comparison.measures else None
+    if first is not None and first.better != "neither":
+        return _measured(first, comparison.measures[1:])
+    return _loss(comparison)
+
+
+def _measured(first: MeasureChange, others: Sequence[MeasureChange]) -> _Part:
+    """Judged by the task's first measure; the next ones are told."""
+    figures = ", ".join(filter(None, (sentence(first), brief(others[:TOLD]))))
+    if first.rows < MINIMUM_ROWS:
+        return _few(figures, first.rows)
+    low, high = first.difference.low, first.difference.high
+    low, high = (low, high) if first.better == "higher" else (-high, -low)
+    if high < 0:
+        return _Part("FAIL", figures, "worse")
+    if low > 0:
+        return _Part("PASS", figures, "better")
+    scale = 1.0 if first.unit == "share" else max(abs(first.before.value), abs(first.after.value))
+    if max(-low, high) <= SAME * scale:
+        return _Part("FAIL", figures, "no better")
+    needed = _needed(first.rows, first.difference, 0.0)
+    return _Part("INSUFFICIENT", figures, f"no clear difference{needed}")
+
+
+def _few(figures: str, rows: int) -> _Part:
+    return _Part("INSUFFICIENT", figures, f"{rows} rows are too few to judge (at least {MINIMUM_ROWS})")
+
+
+def _loss(comparison: Comparison) -> _Part:
     loss = comparison.loss
     difference = loss.difference
     figures = (
@@ -82,9 +118,7 @@ def _task(comparison: Comparison) -> _Part:
             f", exact match {_percent(match.before.interval.value)} -> {_percent(match.after.interval.value)}"
         )
     if loss.rows < MINIMUM_ROWS:
-        return _Part(
-            "INSUFFICIENT", figures, f"{loss.rows} rows are too few to judge (at least {MINIMUM_ROWS})"
-        )
+        return _few(figures, loss.rows)
     if difference.low > 0:
         return _Part("FAIL", figures, "worse")
     if match is not None and match.lost > match.gained and match.p_value < SIGNIFICANT:
@@ -93,7 +127,7 @@ def _task(comparison: Comparison) -> _Part:
         return _Part("PASS", figures, "better")
     if max(abs(loss.relative.low), abs(loss.relative.high)) < SAME:
         return _Part("FAIL", figures, "no better")
-    return _Part("INSUFFICIENT", figures, f"no clear difference{_needed(loss, difference, 0.0)}")
+    return _Part("INSUFFICIENT", figures, f"no clear difference{_needed(loss.rows, difference, 0.0)}")
 
 
 def _memory(known: Forgetting, margin: float | None) -> _Part:
@@ -108,7 +142,7 @@ def _memory(known: Forgetting, margin: float | None) -> _Part:
     if rise.low > margin:
         return _Part("FAIL", figures, f"too much forgotten ({allowed})")
     if rise.high > margin:
-        words = f"forgetting is unclear ({_range(rise)}, {allowed}){_needed(loss, rise, margin)}"
+        words = f"forgetting is unclear ({_range(rise)}, {allowed}){_needed(loss.rows, rise, margin)}"
         return _Part("INSUFFICIENT", figures, words)
     if rise.low > 0:
         return _Part("PASS", figures, f"little forgotten ({allowed})")
@@ -119,18 +153,20 @@ def _forgotten(rise: Interval) -> str:
     """How much is lost, where nobody set a margin to judge it by."""
     if rise.low <= 0:
         return "nothing forgotten beyond noise"
+    if rise.value < SAME:
+        return "hardly anything forgotten"
     amount = "much" if rise.value > MUCH else "some"
     return f"{amount} of what the base knew is forgotten while the adapter is on"
 
 
-def _needed(loss: LossChange, interval: Interval, bound: float) -> str:
+def _needed(measured: int, interval: Interval, bound: float) -> str:
     """How many rows would settle it if the value stayed: the half width shrinks with the root of the rows."""
     half = (interval.high - interval.low) / 2
     distance = abs(interval.value - bound)
     if half <= 0 or distance <= half / 30:
         return ""
-    rows = math.ceil(loss.rows * (half / distance) ** 2 * 1.1 / 10) * 10
-    return f" (about {rows:,} rows would show one this size)" if rows > loss.rows else ""
+    rows = math.ceil(measured * (half / distance) ** 2 * 1.1 / 10) * 10
+    return f" (about {rows:,} rows would show one this size)" if rows > measured else ""
 
 
 def _rows(match: ShareChange) -> str:

@@ -13,7 +13,7 @@ SCALARS = {
     "step": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"),
     "evaluate": ("loss",),
 }
-"""Figures by kind of event; shown as train/loss, evaluate/loss, ..."""
+"""Figures by kind of event; shown as train/loss, evaluate/loss, ... Those of the task join them."""
 
 
 def trackers(names: Sequence[str], run: Path) -> list[Callback]:
@@ -51,5 +51,7 @@ class TensorBoard:
         for name in SCALARS.get(event.kind, ()):
             if name in event.fields:
                 self._writer.add_scalar(f"{group}/{name}", event.fields[name], event.fields["step"])
+        for name, value in (event.fields.get("metrics") or {}).items():
+            self._writer.add_scalar(f"{group}/{name}", value, event.fields["step"])
         if event.kind == "end":
             self._writer.close()

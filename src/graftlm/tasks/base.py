@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from graftlm.core.notices import notice
 from graftlm.data.batches import Batch
+from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.runner import Evaluation
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.base import MethodConfig
@@ -46,10 +47,14 @@ class Task(ABC, Generic[B]):
     name: ClassVar[str]
     keeps_known_text: ClassVar[bool] = True
     """Whether the loss on text that the base knew is measured: forgetting, of what writes text."""
+    rate_scale: ClassVar[float] = 1.0
+    """What the learning rate that nobody wrote is multiplied by."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         """The recipe as far as it is settled: who changes it gives the task the new one."""
+        self.why = "the recipe names it"
+        """Why it is this task; `task: auto` says what it saw."""
         self.dataset: Dataset[Any]
         """What `encode` made."""
 
@@ -119,6 +124,17 @@ class Task(ABC, Generic[B]):
     @abstractmethod
     def probes(self, count: int) -> list[list[int]]:
         """Token ids of held-out rows of different lengths, on which a reload and a merge are proved."""
+
+    def own_parameters(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        """What is trained for this run alone, by name, and is no part of the adapter: a critic, for instance.
+        Asked after `objective`; `model` carries it."""
+        return {}
+
+    @property
+    def openings(self) -> Sequence[TokenRow]:
+        """Rows whose beginnings the base goes on from where its tokenizer has no begin token: it then says
+        what it knew. Not asked of tasks that keep no known text."""
+        return self.dataset.held_out
 
     @property
     def facts(self) -> Sequence[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from graftlm.core.errors import DataError
+from graftlm.core.errors import ConfigError, DataError
 from graftlm.core.notices import notice
 from graftlm.data.encode import Encoded, encode_examples
 from graftlm.data.formats import detect, to_examples
@@ -109,9 +109,7 @@ def read_split(section: DataSection, seed: int, convert: Convert[X]) -> RawDatas
     if section.eval_path is None:
         train, held_out = split(records, section.eval_fraction, seed)
     else:
-        # The file of held-out rows may have a shape of its own, several references for instance.
-        shape = section.format if section.format in ("auto", found.name) else "auto"
-        train, held_out = records, read_records(section.eval_path, shape, section.bad_rows, convert)[0]
+        train, held_out = records, held_out_records(section.eval_path, section, convert)[0]
     if not held_out:
         raise DataError(
             f"{section.path} leaves no rows to hold out.",
@@ -119,6 +117,16 @@ def read_split(section: DataSection, seed: int, convert: Convert[X]) -> RawDatas
             fix="Give more rows, or held-out rows in a file of their own: --set data.eval_path=FILE",
         )
     return RawDataset(found, tuple(train), tuple(held_out))
+
+
+def held_out_records(path: str, section: DataSection, convert: Convert[X]) -> tuple[list[X], Format]:
+    """All records of a file of held-out rows, read as the recipe says: it may have other columns than the
+    training file, several references for instance, and is then told by its own."""
+    try:
+        return read_records(path, section.format, section.bad_rows, convert)
+    except ConfigError as error:  # columns were named, and they are not there
+        notice(f"{path}: {error.seen} Its rows are read by the columns they have.")
+        return read_records(path, "auto", section.bad_rows, convert)
 
 
 def read_records(path: str, format: str, bad_rows: str, convert: Convert[X]) -> tuple[list[X], Format]:

@@ -73,9 +73,15 @@ def measure_known(
 def answers_wanted(recipe: Recipe, rows: Sequence[TokenRow]) -> int | None:
     """How many rows are answered by generation: none, some, or all (None)."""
     if recipe.eval.metrics != "auto":
-        return None if "exact_match" in recipe.eval.metrics else 0
+        return None if scores_wanted(recipe) or "exact_match" in recipe.eval.metrics else 0
     lengths = [len(pair[1]) for row in rows if (pair := prompt_and_reference(row)) is not None]
     return MOST_ANSWERS if lengths and statistics.median(lengths) <= SHORT_ANSWER else 0
+
+
+def scores_wanted(recipe: Recipe) -> tuple[str, ...]:
+    """What answers are judged by, as the recipe names it, besides loss and exact match."""
+    named = () if recipe.eval.metrics == "auto" else recipe.eval.metrics
+    return tuple(name for name in named if name not in ("loss", "exact_match"))
 
 
 def known_from_file(recipe: Recipe, tokenizer: Any) -> KnownText | None:

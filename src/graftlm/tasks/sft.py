@@ -13,11 +13,12 @@ from graftlm.data.records import Example
 from graftlm.evaluation.perplexity import row_losses
 from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.runner import Evaluation, evaluate
+from graftlm.evaluation.text_scores import require_packages, with_scores
 from graftlm.models.generate import Progress, StopFlag
 from graftlm.objectives.sft import SftObjective, require_causal
 from graftlm.tasks.base import Task, spread
-from graftlm.tasks.dataset import Dataset, RawDataset, encode, read_records, read_split, to_texts
-from graftlm.tasks.measurement import answers_wanted
+from graftlm.tasks.dataset import Dataset, RawDataset, encode, held_out_records, read_split, to_texts
+from graftlm.tasks.measurement import answers_wanted, scores_wanted
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 
 ROWS_DURING_TRAINING = 512
@@ -29,11 +30,13 @@ class SftTask(Task[Batch]):
     name = "sft"
 
     def read(self) -> None:
+        require_packages(scores_wanted(self.recipe))
         self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_texts)
 
     def read_held_out(self, limit: int | None = None) -> None:
+        require_packages(scores_wanted(self.recipe))
         data = self.recipe.data
-        examples, found = read_records(data.path, data.format, data.bad_rows, to_texts)
+        examples, found = held_out_records(data.path, data, to_texts)
         self._raw = RawDataset[Example](found, (), tuple(examples[:limit]))
 
     def require_base(self, model: nn.Module) -> None:
@@ -66,10 +69,11 @@ class SftTask(Task[Batch]):
         self, model: nn.Module, tokenizer: Any, *, name: str, progress: Progress, stop: StopFlag
     ) -> Evaluation:
         rows = self.dataset.held_out
-        return evaluate(
+        found = evaluate(
             model, tokenizer, rows, name=name, most_answers=answers_wanted(self.recipe, rows),
             progress=progress, should_stop=stop,
         )  # fmt: skip
+        return with_scores(found, scores_wanted(self.recipe))
 
     def probes(self, count: int) -> list[list[int]]:
         return [list(row.input_ids) for row in spread(self.dataset.held_out, count)]

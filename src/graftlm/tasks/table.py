@@ -5,23 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from graftlm.objectives.multi import MULTI
 from graftlm.objectives.settings import AUTO
+from graftlm.tasks.auto import told
 from graftlm.tasks.base import Task
+from graftlm.tasks.classification import ClassificationTask
+from graftlm.tasks.group_policy import GrpoTask, RlooTask
+from graftlm.tasks.kto import KtoTask
+from graftlm.tasks.multi import MultiTask
+from graftlm.tasks.ppo import PpoTask
+from graftlm.tasks.preference import DpoTask, IpoTask, OrpoTask, SimpoTask
+from graftlm.tasks.reward import RewardTask
+from graftlm.tasks.seq2seq import Seq2SeqTask
 from graftlm.tasks.sft import SftTask
+from graftlm.tasks.token_classification import TokenClassificationTask
+from graftlm.training.parts import parts_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.task_section import TaskChoice
 
 TASKS: Mapping[str, type[Task[Any]]] = {
     "sft": SftTask,
+    "seq2seq": Seq2SeqTask,
+    "reward": RewardTask,
+    "classification": ClassificationTask,
+    "token_classification": TokenClassificationTask,
+    "dpo": DpoTask,
+    "ipo": IpoTask,
+    "simpo": SimpoTask,
+    "orpo": OrpoTask,
+    "kto": KtoTask,
+    "grpo": GrpoTask,
+    "rloo": RlooTask,
+    "ppo": PpoTask,
 }
 
 
 def task_of(recipe: Recipe) -> Task[Any]:
-    """The task of a recipe; `auto` is told from the data, and said why.
+    """The task of a recipe; `auto` is told from the data and the base, and `why` says what was seen.
 
     Raises:
-        DataError: the data cannot be read, or have no known shape.
+        DataError: the data cannot be read, or have no known shape; ModelError: there is no such base.
     """
-    if recipe.task.type == AUTO:
-        recipe = recipe.model_copy(update={"task": TaskChoice.parse("sft")})
-    return TASKS[recipe.task.type](recipe)
+    if recipe.task.type == MULTI:
+        return MultiTask(recipe, {name: task_of(part) for name, part in parts_of(recipe).items()})
+    if recipe.task.type != AUTO:
+        return TASKS[recipe.task.type](recipe)
+    found = told(recipe.data.path, recipe.data.format, recipe.model.name)
+    task = TASKS[found.task](recipe.model_copy(update={"task": TaskChoice.parse(found.task)}))
+    task.why = found.why
+    return task

@@ -20,8 +20,9 @@ class Event:
     start {run, total_steps, start_step, trainable}; step {step, epoch, loss, learning_rate, grad_norm,
     target_tokens, real_tokens, tokens_per_second, seconds, memory_bytes}; evaluate {step, loss, tokens,
     rows}; checkpoint {step, path}; skipped {step, why, rows}; notice {text}; memory {step, classes} and
-    memory {step, phases} where it is measured; interrupted {step}; end {step, seconds, why}. Seconds are
-    wall time, memory is the peak so far in bytes.
+    memory {step, phases} where it is measured; interrupted {step}; end {step, seconds, why}. Where the task
+    has figures of its own, step and evaluate have them as metrics {name: value}. Seconds are wall time,
+    memory is the peak so far in bytes.
     """
 
     kind: Kind

@@ -57,17 +57,20 @@ def room_beside(method: MethodConfig, context: int | None) -> int | None:
     return left
 
 
-def fitted(recipe: Recipe, lengths: Sequence[int], hidden_size: int) -> tuple[Recipe, list[str]]:
+def fitted(
+    recipe: Recipe, lengths: Sequence[int], hidden_size: int, rate_scale: float = 1.0
+) -> tuple[Recipe, list[str]]:
     """The recipe with unwritten values filled in, and a sentence for each.
 
     `lengths` are the tokens of the training rows. Batch settings aim at `ROWS_PER_STEP` examples per
-    optimizer step, whether rows are packed into windows or not.
+    optimizer step, whether rows are packed into windows or not. `rate_scale` is the task's.
     """
     written = recipe.train.model_fields_set
     changes: dict[str, Any] = {}
     notes: list[str] = []
     if "learning_rate" not in written:
-        changes["learning_rate"] = rate_for(recipe.method.config, hidden_size)
+        rate = rate_scale * rate_for(recipe.method.config, hidden_size)
+        changes["learning_rate"] = float(f"{rate:.1e}")
         notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
     is_free = not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if is_free and not recipe.data.packing:

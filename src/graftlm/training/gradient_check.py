@@ -16,6 +16,8 @@ from torch import nn
 from graftlm.core.errors import TrainingError
 
 _SHOWN = 5
+SEVERAL = "@"
+"""Begins the names of models that are trained by turns (`graftlm.models.siblings`)."""
 
 
 @dataclass
@@ -25,13 +27,19 @@ class FirstStep:
     layers: dict[str, str]
     ran: set[str] = field(default_factory=set)
 
+    @property
+    def seen(self) -> set[str]:
+        """The parameters of models that ran: of several that are trained by turns, a step runs one."""
+        ran = {_model_of(path) for path in self.ran}
+        return {name for name, path in self.layers.items() if _model_of(path) in ran}
+
     def judge(self, without: Collection[str]) -> str | None:
         """What to say about the parameters `without` a gradient; None where there are none.
 
         Raises:
             TrainingError: layers of some of them ran.
         """
-        if cut := [name for name in without if self.layers[name] in self.ran]:
+        if cut := [name for name in without if self.layers.get(name) in self.ran]:
             raise TrainingError(
                 f"{len(cut)} of {len(self.layers)} trained parameters got no gradient, although their layers "
                 "ran.",
@@ -40,6 +48,7 @@ class FirstStep:
                 "or nothing reads what they give.",
                 fix="Leave these layers out (method.exclude_modules, method.target_modules).",
             )
+        without = [name for name in without if name in self.seen]
         if not without:
             return None
         return (
@@ -57,6 +66,11 @@ def watched(model: nn.Module, names: Collection[str]) -> Iterator[FirstStep]:
         for path in set(found.layers.values()):
             stack.callback(modules[path].register_forward_hook(_note(found.ran, path)).remove)
         yield found
+
+
+def _model_of(path: str) -> str:
+    """Which one of several models a layer belongs to; the same for all layers where there is but one."""
+    return path.partition(".")[0] if path.startswith(SEVERAL) else ""
 
 
 def _layer(name: str, modules: Collection[str]) -> str:

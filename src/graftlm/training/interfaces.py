@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class HeldOut:
     loss: float
     tokens: int
     rows: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the task is judged by besides: shown live, kept in the log, drawn in the report."""
 
 
 StopAsked = Callable[[], bool]

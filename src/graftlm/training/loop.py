@@ -66,6 +66,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop: StopRequests | None = None,
     lora_b: Callable[[str], bool] | Collection[str] = (),
+    scales: Mapping[str, float] | None = None,
     memory: MemoryPhases | None = None,
 ) -> TrainResult:
     """Train `parameters` of `model`; leave checkpoints and `events.jsonl` in the run folder.
@@ -80,6 +81,7 @@ def train(
         callbacks: get every event after it is in the log.
         stop: a `StopRequests` the caller has entered, to honour signals outside training too.
         lora_b: names of the LoRA B matrices, or a function that tells them (for LoRA+).
+        scales: name -> what the learning rate of a parameter is multiplied by, where it is not 1.
         memory: measures the phases of every step; it resets the process's high-water mark.
 
     Raises:
@@ -106,7 +108,7 @@ def train(
             stop=stop if stop is not None else stack.enter_context(StopRequests()),
             timeline=timeline,
             total=total,
-            optimizer=make_optimizer(parameters, settings, lora_b=lora_b),
+            optimizer=make_optimizer(parameters, settings, lora_b=lora_b, scales=scales),
             memory=memory,
         )
         return _run(session, resume)

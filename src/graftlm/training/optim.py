@@ -55,6 +55,7 @@ def make_optimizer(
     settings: OptimSettings,
     *,
     lora_b: Callable[[str], bool] | Collection[str] = (),
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over the given parameters; weight decay acts on matrices only (two or more dimensions).
 
@@ -62,6 +63,7 @@ def make_optimizer(
         named_parameters: all that is trained, by name.
         settings: rates, and which AdamW (`optim`); with `loraplus_lr_ratio` the parameters in `lora_b` get
             the learning rate times that ratio (LoRA+, arXiv:2402.12354).
+        scales: name -> what the learning rate is multiplied by, where it is not 1.
         lora_b: the names of the LoRA B matrices, or a function that tells them.
 
     Raises:
@@ -72,11 +74,11 @@ def make_optimizer(
     _require_trainable(named_parameters)
     is_b = lora_b if callable(lora_b) else frozenset(lora_b).__contains__
     ratio = settings.loraplus_lr_ratio
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in named_parameters.items():
-        key = (ratio is not None and is_b(name), parameter.ndim >= 2)
+        key = (ratio is not None and is_b(name), parameter.ndim >= 2, (scales or {}).get(name, 1.0))
         groups.setdefault(key, []).append(parameter)
-    if ratio is not None and not any(fast for fast, _ in groups):
+    if ratio is not None and not any(fast for fast, *_ in groups):
         raise ConfigError(
             f"loraplus_lr_ratio is {ratio}, but no trained parameter is a LoRA B matrix.",
             meaning="LoRA+ speeds up the B matrices of LoRA and DoRA only.",
@@ -86,9 +88,9 @@ def make_optimizer(
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if matrix else 0.0,
-            "lr_scale": ratio if fast else 1.0,
+            "lr_scale": scale * (ratio or 1.0) if fast else scale,
         }
-        for (fast, matrix), parameters in groups.items()
+        for (fast, matrix, scale), parameters in groups.items()
     ]
     return _of_kind(settings.optim, made, settings.learning_rate, list(named_parameters.values()))
 

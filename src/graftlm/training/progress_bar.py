@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from graftlm.training.callbacks import Callback, Event
 
+MOST_SHOWN = 4
+"""Figures of a task that are shown while it runs."""
+
 
 def progress_display(stream: TextIO | None = None, *, line_seconds: float = 10.0) -> Callback:
     """A bar if `stream` (standard error) is a terminal, else one line every `line_seconds`."""
@@ -20,15 +23,26 @@ def progress_display(stream: TextIO | None = None, *, line_seconds: float = 10.0
 
 
 def figures(fields: Mapping[str, Any]) -> str:
-    """The figures of one step event in one line.
+    """The figures of one step event in one line, the task's own ones behind the loss.
 
     >>> figures({"loss": 1.5, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "memory_bytes": 2**30})
     'loss 1.5000  lr 2.00e-04  1,234 tok/s  1.00 GiB'
     """
+    own = shown_metrics(fields)
     return (
-        f"loss {fields['loss']:.4f}  lr {fields['learning_rate']:.2e}  "
+        f"loss {fields['loss']:.4f}  {own}{'  ' if own else ''}lr {fields['learning_rate']:.2e}  "
         f"{fields['tokens_per_second']:,.0f} tok/s  {fields['memory_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def shown_metrics(fields: Mapping[str, Any]) -> str:
+    """The first of the task's own figures in an event, as the line has room for; all are in the log.
+
+    >>> shown_metrics({"metrics": {"rewards/accuracies": 0.75, "kl": 0.01}})
+    'rewards/accuracies 0.75  kl 0.01'
+    """
+    found = fields.get("metrics") or {}
+    return "  ".join(f"{name} {value:.4g}" for name, value in list(found.items())[:MOST_SHOWN])
 
 
 def message(event: Event) -> str | None:
@@ -36,7 +50,9 @@ def message(event: Event) -> str | None:
     fields = event.fields
     match event.kind:
         case "evaluate":
-            return f"step {fields['step']}: held-out loss {fields['loss']:.4f} ({fields['rows']} rows)"
+            own = shown_metrics(fields)
+            figures = f"held-out loss {fields['loss']:.4f}{'  ' if own else ''}{own}"
+            return f"step {fields['step']}: {figures} ({fields['rows']} rows)"
         case "skipped":
             return f"step {fields['step']} skipped: {fields['why']} (rows {_short(fields['rows'])})"
         case "notice":

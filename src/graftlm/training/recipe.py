@@ -12,6 +12,7 @@ from graftlm.core.config import Config, build, override, read_yaml
 from graftlm.methods.full import FullConfig
 from graftlm.methods.lora import LoraConfig
 from graftlm.training.method_section import LATER, QLORA, Method, MethodSection
+from graftlm.training.parts import parts_of, with_paths
 from graftlm.training.task_section import TaskChoice, TaskSection
 from graftlm.training.train_section import TrainSection
 
@@ -21,6 +22,17 @@ SHORT = {"model": "name", "data": "path", "task": "type", "method": "type"}
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "fp8"]
 ComputeType = Literal["bfloat16", "float32", "float16"]
+Metric = Literal[
+    "loss",
+    "exact_match",
+    "chrf",
+    "bleu",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "character_error_rate",
+    "word_error_rate",
+]
 
 
 class ModelSection(Config):
@@ -127,8 +139,9 @@ class DataSection(Config):
 class EvalSection(Config):
     """What is measured."""
 
-    metrics: Literal["auto"] | tuple[Literal["loss", "exact_match"], ...] = "auto"
-    """`auto`: held-out loss, and exact match where answers are short."""
+    metrics: Literal["auto"] | tuple[Metric, ...] = "auto"
+    """`auto`: held-out loss, and exact match where answers are short; or by name what answers are judged by,
+    the first before all others. `bleu` and `rouge...` need the extra `metrics`."""
     before_after: bool = True
     """Measure the base on the same rows first."""
     known_path: str | None = None
@@ -184,7 +197,12 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _names_are_enough(cls, value: Any) -> Any:
-        return _with_quantised_base(long_form(value)) if isinstance(value, Mapping) else value
+        return _with_quantised_base(with_paths(long_form(value))) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _tasks_are_usable(self) -> Self:
+        parts_of(self)
+        return self
 
     @model_validator(mode="after")
     def _qlora_is_quantised(self) -> Self:

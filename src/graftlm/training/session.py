@@ -52,7 +52,7 @@ class Session(Generic[B]):
     progress: Progress = field(default_factory=Progress)
     last_loss: float | None = None
     _bad_rows: list[tuple[int, ...]] = field(default_factory=list)
-    _has_learnt: bool = False
+    _learnt: set[str] = field(default_factory=set)
 
     @property
     def device(self) -> torch.device:
@@ -104,11 +104,19 @@ class Session(Generic[B]):
         set_learning_rate(self.optimizer, rate)
         random_state = capture_rng()
         started = time.monotonic()
-        with nullcontext() if self._has_learnt else watched(self.model, self.parameters) as first:
+        try:
+            batches = [self.batches.batch(window.epoch, index) for index in window.indices]
+        except KeyboardInterrupt:
+            if not self.stop():
+                raise
+            restore_rng(random_state)  # who writes its batches itself gave up, as it was asked to
+            return
+        unseen = self.parameters.keys() - self._learnt
+        with watched(self.model, unseen) if unseen else nullcontext() as first:
             stats = optimizer_step(
                 self.model,
                 self.objective,
-                [self.batches.batch(window.epoch, index) for index in window.indices],
+                batches,
                 self.parameters,
                 self.optimizer,
                 max_grad_norm=self.settings.max_grad_norm,
@@ -165,10 +173,10 @@ class Session(Generic[B]):
 
     def _after_first(self, first: FirstStep, stats: StepStats) -> None:
         """What can be known as soon as one update was made: who learns, and what the tensors weigh."""
-        self._has_learnt = True
+        is_first, self._learnt = not self._learnt, self._learnt | first.seen
         if (text := first.judge(stats.parameters)) is not None:
             self.announce("notice", text=text)
-        if self.memory is not None:
+        if self.memory is not None and is_first:
             found = tensor_classes(
                 self.model, self.parameters, self.optimizer, without_gradient=stats.parameters
             )
@@ -224,8 +232,14 @@ class Session(Generic[B]):
         if result is None:
             return
         self.progress = self.progress.evaluated(result)
+        extra = {"metrics": dict(result.metrics)} if result.metrics else {}
         self.announce(
-            "evaluate", step=self.progress.step, loss=result.loss, tokens=result.tokens, rows=result.rows
+            "evaluate",
+            step=self.progress.step,
+            loss=result.loss,
+            tokens=result.tokens,
+            rows=result.rows,
+            **extra,
         )
 
     def _is_stale(self) -> bool:

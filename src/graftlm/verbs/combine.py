@@ -25,6 +25,8 @@ from graftlm.methods.combining.mixing import Mixing
 from graftlm.methods.combining.terms import Combination, Term
 from graftlm.methods.lora import LoraConfig
 from graftlm.methods.site import base_modules
+from graftlm.models.ending import TEXT, Ending
+from graftlm.models.heads import ending_of_adapter, facts_of
 from graftlm.models.load import load_model
 from graftlm.verbs.outputs import require_new_output
 from graftlm.verbs.references import adapter_reference
@@ -146,7 +148,8 @@ def _write(
         else content_of(found.adapter, acting, model.name)
     )
     identity = model.identity(copied_by(found.adapter))
-    extra = {**identity.as_dict(), "combined": history} if identity else None
+    ending = {"ending": facts_of(model.ending)} if model.ending else {}
+    extra = {**identity.as_dict(), **ending, "combined": history} if identity else None
     write_files(target, content, tensors_of(found.adapter, acting), extra)
 
 
@@ -156,6 +159,7 @@ class _Base:
     def __init__(self, name: str, sources: Sequence[AdapterFiles]) -> None:
         self.name = name
         self._sources = sources
+        self.ending = _common_ending(sources)
         self._model: nn.Module | None = None
 
     def require_same(self, *, named_by_user: bool) -> None:
@@ -201,7 +205,7 @@ class _Base:
     def _load(self) -> nn.Module:
         if self._model is None:
             try:
-                model, _ = load_model(self.name)
+                model, _ = load_model(self.name, ending=self.ending or TEXT)
             except GraftError as error:
                 raise AdapterError(
                     "The base is needed to combine these adapters, and cannot be loaded.",
@@ -219,6 +223,23 @@ class _Base:
                     )
             self._model = model
         return self._model
+
+
+def _common_ending(sources: Sequence[AdapterFiles]) -> Ending | None:
+    """What their base ends in; None where no file says.
+
+    Raises:
+        AdapterError: their heads are for different labels.
+    """
+    said = {source.folder: ending for source in sources if (ending := ending_of_adapter(source.folder))}
+    if len(set(said.values())) > 1:
+        raise AdapterError(
+            "The adapters have heads for different labels.",
+            problems=[f"{folder}: {', '.join(ending.labels[:8])}" for folder, ending in said.items()],
+            meaning="A sum of heads has a meaning only where every output stands for the same label.",
+            fix="Combine adapters of one set of labels.",
+        )
+    return next(iter(said.values()), None)
 
 
 def _is_same(one: BaseIdentity, other: BaseIdentity) -> bool:

@@ -42,7 +42,7 @@ def demo(out: str | Path | None = None) -> TuneResult:
     say("sprout is a small model made for this demo; real work names a real model.")
     say(f"Task   {first['prompt']!r}\n    -> {first['completion']!r}")
     overrides = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
-    result = tune(data, model="sprout", out=folder / "run", overrides=overrides)
+    result = tune(data, model="sprout", task="sft", out=folder / "run", overrides=overrides)
     merged = merge(result.run, folder / "merged")
     lines = (*result.lines, *merged.lines)
     figures = {**result.figures, "merged": merged.as_dict()}

@@ -8,13 +8,17 @@ from typing import Any
 
 from graftlm.core.progress import progress
 from graftlm.evaluation.compare import Comparison, compare
+from graftlm.evaluation.measure_figures import compared
+from graftlm.evaluation.measure_text import shown
 from graftlm.evaluation.runner import Evaluation
 from graftlm.evaluation.verdict import Verdict, verdict
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach_folder
 from graftlm.models.generate import context_length
+from graftlm.tasks.labels import task_of_adapter
 from graftlm.tasks.table import task_of
 from graftlm.training.defaults import fitted_length
+from graftlm.training.parts import parts_of
 from graftlm.training.recipe import DataSection, Recipe
 from graftlm.verbs.base import load_base, section_of, stored_recipe
 from graftlm.verbs.references import Reference, adapter_reference
@@ -41,13 +45,19 @@ class EvalResult:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        loss, match = self.comparison.loss, self.comparison.exact_match
-        rows = (
-            f"Loss: {self.comparison.before} {loss.before.value:.4f}, {self.comparison.after} "
-            f"{loss.after.value:.4f} on {loss.rows:,} rows -> {self.data}",
-        )
-        if match is None:
-            return rows
+        found, loss, match = self.comparison, self.comparison.loss, self.comparison.exact_match
+        rows = [
+            f"{change.title}: {found.before} {shown(change.before.value, change.unit)}, {found.after} "
+            f"{shown(change.after.value, change.unit)} on {change.rows:,} rows -> {self.data}"
+            for change in found.measures
+        ]
+        if found.loss_title:
+            rows.append(
+                f"Loss: {found.before} {loss.before.value:.4f}, {found.after} {loss.after.value:.4f} "
+                f"on {loss.rows:,} rows -> {self.data}"
+            )
+        if match is None or found.labels is not None:
+            return tuple(rows)
         before, after = 100 * match.before.interval.value, 100 * match.after.interval.value
         counts = f"{match.gained} gained, {match.lost} lost"
         return (*rows, f"Exact match: {before:.1f} % to {after:.1f} % ({counts})")
@@ -69,6 +79,7 @@ class EvalResult:
                 "difference": [loss.difference.value, loss.difference.low, loss.difference.high],
             },
             "exact_match": answers,
+            "measures": compared(self.comparison),
             "outcome": self.judged.outcome,
             "verdict": self.verdict,
             "passed": self.passed,
@@ -108,7 +119,12 @@ def evaluate(
 def _recipe(reference: Reference, data: str) -> Recipe:
     """The settings the adapter was trained with where its run is known, on other data."""
     if reference.run is None:
-        return Recipe(model=section_of(reference), data=DataSection(path=data))
+        recipe = Recipe(model=section_of(reference), data=DataSection(path=data))
+        return recipe.model_copy(update={"task": task_of_adapter(reference.adapter) or recipe.task})
     stored = stored_recipe(reference.run)
-    section = stored.data.model_copy(update={"path": data, "eval_path": None, "format": "auto"})
+    if reference.part is not None:
+        stored = parts_of(stored)[reference.part]
+    # Columns that were named stay named; otherwise the file's own shape counts.
+    format = stored.data.format if "(" in stored.data.format else "auto"
+    section = stored.data.model_copy(update={"path": data, "eval_path": None, "format": format})
     return stored.model_copy(update={"data": section})

@@ -14,12 +14,16 @@ from typing import Any
 from graftlm.core.config import suggest
 from graftlm.core.errors import ConfigError, UsageError
 from graftlm.core.files import MANIFEST, staged_directory, write_atomic
+from graftlm.formats.ending import KINDS
 from graftlm.formats.fingerprint import scheme_of
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import attach_folder
 from graftlm.methods.requantise import MIN_KEPT, KeptChange, requantised
+from graftlm.methods.virtual.stacks import task_of
 from graftlm.models.agreement import Agreement, agreement, logits_on
+from graftlm.models.ending import TEXT
+from graftlm.models.heads import ending_of_adapter
 from graftlm.models.load import load_model
 from graftlm.models.precision import AUTO, DTYPES, check_dtype
 from graftlm.models.save import save_model
@@ -31,6 +35,7 @@ from graftlm.verbs.merge_proof import (
     Logits,
     Probes,
     in_fresh_process,
+    percent,
     probes_of,
     require_near,
     require_same,
@@ -99,7 +104,8 @@ class MergeResult:
         elif self.base_quantization != "none":
             lines.append(f"Base: {self.base_quantization} as it was trained on, decoded")
         if self.requantized:
-            lines.append(f"Requantised: {self.requantized.kept}; loss {_percent(self.requantized)}")
+            change = percent(self.requantized.envelope.nll_change)
+            lines.append(f"Requantised: {self.requantized.kept}; loss {change}")
         return (*lines, f"Reload: in a fresh process, {self.reloaded}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,6 +204,7 @@ class _Work:
             dtype=(self._dtype if is_dense else None) or self._trained_in,
             quantization=quantization,
             double_quant=double_quant,
+            ending=ending_of_adapter(self._reference.adapter) or TEXT,
         )
         if self._dtype not in (None, AUTO) and not is_dense:
             self._model.to(DTYPES[self._dtype])
@@ -240,7 +247,8 @@ class _Work:
         at_least = float("-inf") if is_forced else MIN_KEPT
         kept = requantised(self._adapters, scheme, at_least=at_least)
         found = logits_on(self._model, self._probes)
-        envelope = require_near(self._trained, found, self._probes, is_forced=is_forced)
+        writes = task_of(self._model) not in KINDS
+        envelope = require_near(self._trained, found, self._probes, writes=writes, is_forced=is_forced)
         if self._from_trained:
             self._from_trained["the original base"] = envelope.agreement
         name = str(next(self._model.parameters()).dtype).removeprefix("torch.")
@@ -256,7 +264,3 @@ class _Work:
             target, envelope.agreement, reloaded, name, self._quantization, self._from_trained or None,
             Requantised(scheme.kind, kept, envelope, is_forced),
         )  # fmt: skip
-
-
-def _percent(found: Requantised) -> str:
-    return f"{100 * found.envelope.nll_change:+.1f} %"

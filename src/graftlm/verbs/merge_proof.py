@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from graftlm.core.errors import MergeError
 from graftlm.core.storage import require_space
 from graftlm.evaluation.known_text import sample_known_text
+from graftlm.formats.ending import KINDS
+from graftlm.methods.virtual.stacks import task_of
 from graftlm.models.agreement import Agreement, agreement, mean_nll
+from graftlm.models.encoder_decoder import is_encoder_decoder, start_token
+from graftlm.models.generate import Sampling, context_length
+from graftlm.models.generate_answers import generate_answers
 from graftlm.models.reload import PROBES
 
 PROBE_ROWS, PROBE_TOKENS = 32, 48
+SOURCE_TOKENS = 16
+"""Of what an encoder-decoder reads before it writes a probe."""
 
 MAX_REQUANTISED_KL = 0.05
 """Nats per token between the adapter as it was trained and its merge in few bits."""
@@ -31,12 +39,16 @@ Probes = Sequence[Sequence[int]]
 
 
 def probes_of(model: Any, tokenizer: Any) -> Probes:
-    """Text that the adapted model writes itself.
+    """Text that the adapted model writes itself; texts of random tokens for one that labels what it reads.
 
     Raises:
         MergeError: what it computes is not finite.
     """
+    if task_of(model) in KINDS:
+        return _random_texts(model, tokenizer)
     try:
+        if is_encoder_decoder(model):
+            return _answers_of(model)
         rows = sample_known_text(model, tokenizer, rows=PROBE_ROWS, tokens=PROBE_TOKENS)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
@@ -48,6 +60,29 @@ def probes_of(model: Any, tokenizer: Any) -> Probes:
             fix="Merge in a wider dtype: --dtype float32. Nothing was written.",
         ) from error
     return [row.input_ids for row in rows]
+
+
+def _random_texts(model: Any, tokenizer: Any) -> Probes:
+    """Rows of different lengths, framed as the tokenizer frames every text."""
+    generator = torch.Generator().manual_seed(0)
+    most = min(PROBE_TOKENS, context_length(model) or PROBE_TOKENS)
+    lengths = torch.linspace(2, most, PROBE_ROWS).long().tolist()
+    drawn = [torch.randint(len(tokenizer), (length,), generator=generator).tolist() for length in lengths]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
+    found = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+    return [list(ids) for ids in found if ids]
+
+
+def _answers_of(model: Any) -> Probes:
+    """What an encoder-decoder writes to sources of random tokens, behind the token that it begins with."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    sources = torch.randint(vocabulary, (PROBE_ROWS, SOURCE_TOKENS), generator=generator).tolist()
+    written = generate_answers(
+        model, sources, max_new_tokens=PROBE_TOKENS, stop_ids=(), sampling=Sampling(seed=0)
+    )
+    start = start_token(model)
+    return [([] if start is None else [start]) + list(answer.token_ids) for answer in written]
 
 
 def require_same(expected: Logits, found: Logits, what: str) -> Agreement:
@@ -66,25 +101,32 @@ class Envelope:
     """How far a merge in few bits is from the adapter that it was made of."""
 
     agreement: Agreement
-    nll_change: float
-    """Growth of the loss on the probes, as part of itself."""
+    nll_change: float | None
+    """Growth of the loss on the probes, as part of itself; None of a model that writes no text."""
 
     @property
     def is_inside(self) -> bool:
-        return self.agreement.mean_kl <= MAX_REQUANTISED_KL and self.nll_change <= MAX_REQUANTISED_NLL
+        return self.agreement.mean_kl <= MAX_REQUANTISED_KL and (self.nll_change or 0) <= MAX_REQUANTISED_NLL
 
     def __str__(self) -> str:
-        return f"{self.agreement}, loss {100 * self.nll_change:+.1f} %"
+        return f"{self.agreement}, loss {percent(self.nll_change)}"
 
 
-def require_near(expected: Logits, found: Logits, probes: Probes, *, is_forced: bool) -> Envelope:
-    """How far the two are apart.
+def percent(change: float | None) -> str:
+    """A relative change, as a person reads it."""
+    return "not measured" if change is None else f"{100 * change:+.1f} %"
+
+
+def require_near(
+    expected: Logits, found: Logits, probes: Probes, *, writes: bool, is_forced: bool
+) -> Envelope:
+    """How far the two are apart. `writes`: the logits are of next tokens, so that the probes have a loss.
 
     Raises:
         MergeError: farther than what may pass for the same adapter, unless `is_forced`.
     """
-    before, after = (mean_nll(logits, probes) for logits in (expected, found))
-    reached = Envelope(agreement(expected, found), after / before - 1)
+    change = mean_nll(found, probes) / mean_nll(expected, probes) - 1 if writes else None
+    reached = Envelope(agreement(expected, found), change)
     if not (reached.is_inside or is_forced):
         raise MergeError(
             f"The requantised model differs from base + adapter: {reached}.",

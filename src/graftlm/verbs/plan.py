@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ class Plan:
 
     base: str
     task: str
+    task_why: str
+    """Whether the recipe named it, or what was seen in the data and the base."""
     device: str
     dtype: str
     quantization: str
@@ -88,6 +92,7 @@ def make_plan(
     recompute: RecomputeChoice,
     fusable: Fusable,
     acceleration: Acceleration,
+    task_why: str,
 ) -> Plan:
     """The plan of a run whose adapter is attached."""
     trainable, total = adapters.count_parameters()
@@ -95,6 +100,7 @@ def make_plan(
     return Plan(
         base=recipe.model.name,
         task=recipe.task.type,
+        task_why=task_why,
         device=str(device_of(model)),
         dtype=dtype_name(model),
         quantization=stored_as(model),
@@ -119,6 +125,14 @@ def make_plan(
         free_bytes=recompute.free_bytes,
         acceleration=acceleration,
     )
+
+
+def why_of_plan(plan: Path) -> str | None:
+    """Why a run that goes on has its task, by its plan; None where there is none yet."""
+    if not plan.is_file():
+        return None
+    found = json.loads(plan.read_text(encoding="utf-8")).get("task_why")
+    return found if isinstance(found, str) else None
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -47,10 +47,11 @@ def choose_recompute(
         return choose(model, loss_of, recipe.train, tokens=tokens, started_with=started_with)
 
 
-def policy_of_plan(plan: Path) -> Policy | None:
-    """What a run began with, by its plan; None where there is none yet."""
+def policy_of_plan(plan: Path, part: str | None = None) -> Policy | None:
+    """What a run, or the task `part` of several, began with, by its plan; None where there is none yet."""
     if not plan.is_file():
         return None
-    named = json.loads(plan.read_text(encoding="utf-8")).get("recompute")
+    content = json.loads(plan.read_text(encoding="utf-8"))
+    named = (content if part is None else content.get("parts", {}).get(part, {})).get("recompute")
     named = _BEFORE.get(named, named)
     return named if named in get_args(Policy) else None

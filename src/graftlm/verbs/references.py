@@ -23,6 +23,8 @@ class Reference:
     adapter: Path
     base: str
     run: Path | None
+    part: str | None = None
+    """Which task of the run it belongs to, where the run has several."""
 
 
 def adapter_reference(text: str, base: str | None = None) -> Reference:
@@ -34,9 +36,16 @@ def adapter_reference(text: str, base: str | None = None) -> Reference:
     refuse_registry_name(text)
     folder = Path(text)
     if (folder / CONFIG).is_file():
-        return Reference(folder, base or _named_base(folder), run=None)
+        run = folder.absolute().parents[1]
+        part = folder.name if folder.absolute().parent == run / ADAPTER and (run / RECIPE).is_file() else None
+        return Reference(folder, base or _named_base(folder), None if part is None else run, part)
     if (folder / ADAPTER / CONFIG).is_file():
         return Reference(folder / ADAPTER, base or _named_base(folder / ADAPTER), run=folder)
+    if several := sorted(path.parent for path in (folder / ADAPTER).glob(f"*/{CONFIG}")):
+        raise UsageError(
+            f"The run in {folder} has {len(several)} adapters, one for each of its tasks.",
+            fix=f"Name one of them: {', '.join(map(str, several))}",
+        )
     if (folder / RECIPE).is_file():
         raise FormatError(
             f"The run in {folder} has no adapter yet.",

@@ -12,6 +12,7 @@ from typing import Any
 from graftlm.core.config import build, dump_yaml, override, read_yaml
 from graftlm.core.errors import CheckpointError, ConfigError, UsageError
 from graftlm.core.files import write_atomic
+from graftlm.objectives.settings import AUTO
 from graftlm.training.recipe import Recipe, load_recipe, long_form, make_recipe
 from graftlm.verbs.outputs import next_free, require_new_output
 from graftlm.verbs.references import ADAPTER, RECIPE
@@ -152,6 +153,9 @@ def open_existing(request: Request) -> tuple[RunFolder, Recipe]:
         wanted = override(wanted, [f"data.path={json.dumps(request.source)}"])
     wanted = override(wanted, (*_assignments(request.options), *request.overrides))
     recipe = build(Recipe, stored, source=str(path / RECIPE))
+    asked_for = wanted.get("task")
+    if isinstance(asked_for, Mapping) and asked_for.get("type") == AUTO:  # it was told when the run began
+        wanted["task"] = {**asked_for, "type": recipe.task.type}
     asked = build(Recipe, wanted, source="The command")
     _refuse_changes(recipe, asked)
     # Who follows a run does not change its numbers, so that may be asked for anew.
@@ -179,9 +183,9 @@ def _run_to_resume(request: Request) -> Path | None:
 def _refuse_changes(stored: Recipe, wanted: Recipe) -> None:
     ours, theirs = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [
-        f"{key}: {ours[key]!r} in the run, {theirs[key]!r} asked for"
+        f"{key}: {ours[key]!r} in the run, {theirs.get(key)!r} asked for"
         for key in ours
-        if ours[key] != theirs[key]
+        if ours[key] != theirs.get(key)
     ]
     changed = [line for line in changed if not line.startswith("output.")]
     if changed:

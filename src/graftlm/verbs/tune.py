@@ -11,17 +11,16 @@ from graftlm.core.events import read_events
 from graftlm.core.files import remove_stale
 from graftlm.core.notices import collected
 from graftlm.core.progress import progress, say
-from graftlm.core.seeding import seed_everything
 from graftlm.evaluation.compare import Forgetting, compare, forgetting
+from graftlm.evaluation.joint_verdict import joint_verdict
+from graftlm.evaluation.measure_text import headline
 from graftlm.evaluation.report import write_report
-from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.verdict import verdict
-from graftlm.formats.layout import CONFIG
 from graftlm.integrations.trackers import trackers
-from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.resolve import resolve
 from graftlm.models.generate import context_length
 from graftlm.models.precision import AUTO, choose_device
+from graftlm.objectives.settings import AUTO as AUTO_TASK
 from graftlm.tasks.base import Task
 from graftlm.tasks.measurement import (
     KnownText,
@@ -30,6 +29,7 @@ from graftlm.tasks.measurement import (
     known_from_file,
     measure_known,
 )
+from graftlm.tasks.multi import MultiTask
 from graftlm.tasks.table import task_of
 from graftlm.training.defaults import fitted, fitted_length, room_beside
 from graftlm.training.loop import TrainResult, train
@@ -39,19 +39,13 @@ from graftlm.training.progress_bar import progress_display
 from graftlm.training.recipe import Recipe
 from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
-from graftlm.verbs.acceleration import accelerated
 from graftlm.verbs.base import load_base
-from graftlm.verbs.plan import dtype_name, make_plan, stored_as
-from graftlm.verbs.proof import prove
-from graftlm.verbs.recompute import policy_of_plan
+from graftlm.verbs.learner import Learner, attach_learner
+from graftlm.verbs.learners import Learners, attach_learners
+from graftlm.verbs.plan import Plan, dtype_name, stored_as, why_of_plan
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
 from graftlm.verbs.run_report import report_data
-from graftlm.verbs.start import attach_started
-from graftlm.verbs.step_setup import step_setup
 from graftlm.verbs.tune_result import Outcome, TuneResult, figures, lines
-
-NAME = "default"
-PROBES = 8
 
 
 def tune(
@@ -79,7 +73,7 @@ def tune(
     """
     given = {"model": {"name": model}, "method": {"type": method}}
     options: dict[str, Any] = {key: value for key, value in given.items() if None not in value.values()}
-    options |= {"task": task} if task else {}
+    options |= {"task": {"type": task}} if task else {}
     request = Request(str(source), options, tuple(overrides), Path(out) if out else None)
     folder, recipe = open_existing(request) if resume else open_new(request)
     with StopRequests() as stop:
@@ -101,20 +95,23 @@ class Tuning:
         with self.memory.during("evaluate"):
             known, before = self._measure_base()
         with self.memory.during("attach"):
-            adapters = self._attach()
-        result = self._train(adapters)
+            learner = self._attach()
+        result = self._train(learner)
         self._halt_if_asked()
         with self.memory.during("evaluate"):
             after = self._measure(known, "adapter")
         with self.memory.during("save"):
-            self._save(adapters)
+            learner.save(self.folder.adapter)
         with self.memory.during("verify"):
-            proof = prove(self.model, adapters, self.folder.adapter, self.task.probes(PROBES))
-        return self._report(known.source if known else "", Outcome(before, after, result, proof))
+            proof = learner.prove(self.folder.adapter)
+        outcome = Outcome(before, after, result, proof)
+        return self._report(learner.plan, known.source if known else "", outcome)
 
     def _load(self) -> None:
         require_optimizer(self.recipe.train.optim)
         self.task = task_of(self.recipe)
+        if self.recipe.task.type == AUTO_TASK:
+            say(f"Task   {self.task.name} ({self.task.why})")
         self.task.read()  # a wrong path costs no loading of a model
         recipe = self.task.settled()
         with self.memory.during("load"):
@@ -126,7 +123,9 @@ class Tuning:
         self.task.encode(self.tokenizer)
         width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
         data = self.task.dataset
-        recipe, notes = fitted(self.task.recipe, [row.tokens for row in data.train], width)
+        recipe, notes = fitted(
+            self.task.recipe, [row.tokens for row in data.train], width, self.task.rate_scale
+        )
         self.recipe = self.task.recipe = recipe
         # What is wrong with targets or files stops here, before anything is written.
         resolve(self.model, self.task.method(self.model))
@@ -150,13 +149,13 @@ class Tuning:
             before = self._measure(known, "base")
             before.save(cache)
         on_known = f", known text {before.known.loss:.3f}" if before.known else ""
-        say(f"Base   held-out loss {before.held_out.loss:.3f}{on_known}")
+        say(f"Base   {headline(before.held_out)}{on_known}")
         return known, before
 
     def _known_text(self, cache: Path) -> KnownText:
-        openings: Sequence[TokenRow] = self.task.dataset.held_out
+        openings, rows = self.task.openings, cache / "known-rows.json"
         return self.known or known_from_base(
-            self.recipe, self.model, self.tokenizer, openings, cache / "known-rows.json", self._halt_if_asked
+            self.recipe, self.model, self.tokenizer, openings, rows, self._halt_if_asked
         )
 
     def _measure(self, known: KnownText | None, name: str) -> Measurement:
@@ -168,68 +167,44 @@ class Tuning:
             return Measurement(held_out, None)
         return Measurement(held_out, measure_known(self.model, self.tokenizer, known, name=name, stop=stop))
 
-    def _attach(self) -> AdapterSet:
-        recipe = self.recipe
-        seed_everything(recipe.train.seed)  # the adapter's start is random, and belongs to the recipe
-        self.batches = self.task.batches(self.tokenizer)
-        adapters = attach_started(self.model, self.task.method(self.model), NAME, self.batches)
-        begun = policy_of_plan(self.folder.path / PLAN)
-        objective = self.task.objective(self.model)
-        self.setup = step_setup(
-            self.model, objective, recipe, tokens=self.batches.most_tokens, started_with=begun
-        )
-        trained, (_, total) = adapters.named_parameters(NAME), adapters.count_parameters()
-        self.setup, acceleration = accelerated(self.setup, recipe, self.batches, trained, total)
-        self.plan = make_plan(
-            recipe,
-            self.model,
-            adapters,
-            self.task.dataset,
-            self.batches,
-            objective,
-            self.setup.recompute,
-            self.setup.fusable,
-            acceleration,
-        )
-        self.folder.write_json(PLAN, self.plan.as_dict())
-        say(f"Method {self.plan.summary}")
-        say(f"       recomputed in backward: {self.setup.recompute.policy} ({self.setup.recompute.why})")
-        say(f"       layers {acceleration.compile.text}")
-        return adapters
+    def _attach(self) -> Learner | Learners:
+        plan = self.folder.path / PLAN
+        self.task.why = why_of_plan(plan) or self.task.why
+        if isinstance(self.task, MultiTask):
+            found: Learner | Learners = attach_learners(self.task, self.tokenizer, self.recipe, plan)
+        else:
+            found = attach_learner(self.task, self.model, self.tokenizer, self.recipe, plan)
+        self.folder.write_json(PLAN, found.plan.as_dict())
+        for number, line in enumerate(found.lines):
+            say(f"{'       ' if number else 'Method '}{line}")
+        return found
 
-    def _train(self, adapters: AdapterSet) -> TrainResult:
+    def _train(self, learner: Learner | Learners) -> TrainResult:
         recipe, train_section = self.recipe, self.recipe.train
         fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
-        parameters = adapters.named_parameters(NAME)
-        self.task.begin(self.model, adapters, self.folder.path, self._halt_if_asked)
-        with self.setup.in_use():
+        with learner.in_use():
+            # What is computed now is computed as the steps will compute it.
+            learner.begin(self.folder.path, self._halt_if_asked)
             return train(
-                self.model,
-                self.setup.objective,
-                self.batches,
-                parameters,
+                learner.model,
+                learner.objective,
+                learner.batches,
+                learner.parameters,
                 train_section,
                 run=self.folder.path,
                 resume=self.resume,
                 identity={
-                    "base": self.recipe.model.name, "dtype": self.plan.dtype,
-                    "quantization": self.plan.quantization, **method, "task": recipe.task.as_dict(),
+                    "base": self.recipe.model.name, "dtype": learner.plan.dtype,
+                    "quantization": learner.plan.quantization, **method, "task": recipe.task.as_dict(),
                 },
                 evaluate=self.task.held_out_loss(self.model),
                 callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
                 stop=self.stop,
-                lora_b=[
-                    f"{path}.{key}" for path, part in adapters.parts(NAME).items() for key in part.output_side
-                ],
+                lora_b=learner.output_side,
+                scales=learner.rate_scales,
                 memory=self.memory,
             )  # fmt: skip
-
-    def _save(self, adapters: AdapterSet) -> None:
-        """The config is written last: an adapter without it was cut short by a kill, and is written again."""
-        remove_stale(self.folder.adapter)
-        if not (self.folder.adapter / CONFIG).is_file():
-            adapters.save(self.folder.adapter, NAME)
 
     def _halt_if_asked(self) -> bool:
         """False, or the end of the run. A measurement that polls it is therefore whole or not there."""
@@ -237,24 +212,28 @@ class Tuning:
             raise KeyboardInterrupt(f"The run is complete up to here. Go on: {self.folder.resume_command}")
         return False
 
-    def _report(self, source: str, found: Outcome) -> TuneResult:
+    def _report(self, plan: Plan, source: str, found: Outcome) -> TuneResult:
         before, after = found.before, found.after
         comparison = compare(before.held_out, after.held_out) if before else None
         known = _forgotten(before, after, source) if before else None
         judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
+        if before and isinstance(self.task, MultiTask):
+            judged = joint_verdict(before.held_out, after.held_out)
         data = report_data(
-            recipe=self.recipe, task=self.task, plan=self.plan, result=found.result, proof=found.proof,
+            recipe=self.recipe, task=self.task, plan=plan, result=found.result, proof=found.proof,
             comparison=comparison, known=known, judged=judged, folder=self.folder,
             events=read_events(self.folder.events), notices=collected(), memory=self.memory,
         )  # fmt: skip
         write_report(self.folder.report, data)
         passed = found.proof.is_good and (judged is None or judged.outcome != "FAIL")
         text = (
-            judged.text if judged else f"Held-out loss {after.held_out.loss:.3f}; the base was not measured."
+            judged.text
+            if judged
+            else f"Of the adapter {headline(after.held_out)}; the base was not measured."
         )
         return TuneResult(
             self.folder.path, self.folder.adapter, self.folder.report, text, passed,
-            lines(self.folder, self.task.dataset, self.plan, found), figures(found),
+            lines(self.folder, self.task.dataset, plan, found), figures(found, comparison),
         )  # fmt: skip
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.evaluation.compare import Comparison
+from graftlm.evaluation.measure_change import measured
+from graftlm.evaluation.measure_figures import compared, ends
+from graftlm.evaluation.measure_text import headline
 from graftlm.tasks.dataset import Dataset, Row
 from graftlm.tasks.measurement import Measurement
 from graftlm.training.loop import TrainResult
@@ -45,25 +49,27 @@ class Outcome:
 
 def lines(folder: RunFolder, dataset: Dataset[Row], plan: Plan, found: Outcome) -> tuple[str, ...]:
     """One line for each stage."""
-    old = f"{found.before.held_out.loss:.3f} to " if found.before else ""
+    states = [found.before, found.after] if found.before else [found.after]
     return (
         f"Data: {len(dataset.train):,} rows, {len(dataset.held_out):,} held out -> {dataset.path}",
         f"Plan: {plan.summary} -> {folder.path / PLAN}",
         f"Train: {found.result.step:,} steps, {found.result.seconds:.0f} s, "
         f"{found.result.peak_memory_bytes / 2**30:.2f} GiB -> {folder.events}",
-        f"Evaluate: held-out loss {old}{found.after.held_out.loss:.3f} -> {folder.report}",
+        f"Evaluate: {headline(*(state.held_out for state in states))} -> {folder.report}",
         f"Verify: {found.proof.summary} -> {folder.adapter}",
     )
 
 
-def figures(found: Outcome) -> dict[str, Any]:
+def figures(found: Outcome, comparison: Comparison | None) -> dict[str, Any]:
     """The same for machines."""
+    alone = {name: {"after": ends(one)} for name, one in measured(found.after.held_out).items()}
     return {
         "steps": found.result.step,
         "seconds": found.result.seconds,
         "peak_memory_bytes": found.result.peak_memory_bytes,
         "before": _figures_of(found.before) if found.before else None,
         "after": _figures_of(found.after),
+        "measures": compared(comparison) if comparison else alone,
         "merge": found.proof.merge.as_dict() if found.proof.merge else None,
     }
 
