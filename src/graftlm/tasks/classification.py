@@ -36,7 +36,7 @@ from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
 from graftlm.training.task_section import TaskChoice
 
-HEAD_RATE_SCALE = 0.5
+HEAD_RATE_SCALE = 0.3
 """A head of random weights sends rough gradients into the body at first: at the rate that suits text, small
 encoders stay at chance on hard labels (docs/how-to/classification.md)."""
 RARE = 10

@@ -1,4 +1,4 @@
-"""What a model with a head tells of one text, in words: labels with their probabilities, a number, or tags."""
+"""What a model with a head tells of one text, in words: labels with probabilities, a number, or tags."""
 
 from __future__ import annotations
 

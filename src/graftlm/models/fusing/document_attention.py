@@ -137,7 +137,7 @@ class _Documents:
     """Documents one after another; virtual tokens that all of them see may stand before the first.
 
     starts: [n + 1], int64 on the CPU, the same on_device in int32. parents: [n], int64 on the CPU, the
-    document that each one continues and sees all of, or -1. window: how many keys a token sees at most, itself
+    document that each one continues and sees all of, or -1. window: how many keys a token sees at most, it
     and virtual ones included.
     """
 
