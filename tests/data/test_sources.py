@@ -35,7 +35,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
         ("a.json", json.dumps({"version": 1, "data": ROWS})),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
         ("a.jsonl", LINES.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),  # the time would be part of the test's name
         ("a.csv", "prompt,completion\r\n1+1=,2\r\n2+2=,4\r\n3+3=,6\r\n"),
         ("a.tsv", "prompt\tcompletion\n1+1=\t2\n2+2=\t4\n\n3+3=\t6"),
     ],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import KNOWN
 
 from graftlm.core.errors import DataError
 from graftlm.data.encode import Encoded
@@ -24,6 +23,7 @@ from graftlm.tasks.measurement import (
 from graftlm.tasks.sft import HeldOutLoss
 from graftlm.training.recipe import Recipe, make_recipe
 
+KNOWN = Path(__file__).parents[1] / "verbs/known.txt"
 ROWS = [
     Encoded((5, 6, 7, 8, 9 + row), (-100, -100, 7, 8, 9 + row), row, truncated=False) for row in range(40)
 ]
