@@ -43,9 +43,11 @@ class Agreement:
         return {**asdict(self), "is_same_model": self.is_same_model}
 
     def __str__(self) -> str:
+        is_per_row = self.tokens == self.probes  # a head that labels rows says one thing of each
+        each, on = ("row", "") if is_per_row else ("token", f"{self.tokens} tokens of ")
         return (
-            f"KL {self.mean_kl:.1e} nats per token, top-1 agreement {100 * self.top1:.1f} % on "
-            f"{self.tokens} tokens of {self.probes} probes"
+            f"KL {self.mean_kl:.1e} nats per {each}, top-1 agreement {100 * self.top1:.1f} % on "
+            f"{on}{self.probes} probes"
         )
 
 
