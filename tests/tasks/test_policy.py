@@ -199,11 +199,13 @@ def test_a_reward_that_fails_costs_its_answers(folder: Path, tmp_path: Path) -> 
     result = run(folder, tmp_path / "a", "brittle")
     said = [text for text in collected() if "brittle raised KeyError" in text]
     assert len(said) == 1
-    rows = lines(result.run, 1)
-    failed = [row for row in rows if row["reward"] is None]
-    assert failed and all("raised KeyError" in next(iter(row["failed"].values())) for row in failed)
-    assert len(failed) < len(rows)
-    assert steps(result.run)[0]["metrics"]["reward_failures"] == len(failed)
+    written = [lines(result.run, step) for step in range(1, 5)]
+    failed = [[row for row in rows if row["reward"] is None] for rows in written]
+    causes = [next(iter(row["failed"].values())) for rows in failed for row in rows]
+    assert causes and all("raised KeyError" in cause for cause in causes)
+    assert len(causes) < sum(map(len, written))
+    counted = [step["metrics"]["reward_failures"] for step in steps(result.run)]
+    assert counted == [len(rows) for rows in failed]
     assert "Answers that no reward could judge" in (result.run / "report.html").read_text()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from graftlm.data.branches import Branched
+from graftlm.data.longest_first import longest_first
 from graftlm.methods.attach import adapters_of
 from graftlm.models.generate import Progress, StopFlag, evaluation_mode, input_device
 from graftlm.objectives.sft import LOGITS_PER_CHUNK, choose_path, hidden_states
@@ -50,7 +51,8 @@ def first_answer_divergences(
     found = [0.0] * len(rows)
     done = 0
     with evaluation_mode(model):
-        for batch in _batches(rows):
+        lengths = [len(row.prompt) + len(row.answers[0]) for row in rows]
+        for batch in longest_first(lengths, tokens=TOKENS_PER_BATCH):
             if should_stop is not None and should_stop():
                 break
             some = [rows[place] for place in batch]
@@ -60,19 +62,6 @@ def first_answer_divergences(
             if progress is not None:
                 progress(done, len(rows))
     return found
-
-
-def _batches(rows: Sequence[Branched]) -> Iterator[list[int]]:
-    """Places of rows, longest first, so that memory peaks at the start."""
-    lengths = [len(row.prompt) + len(row.answers[0]) for row in rows]
-    batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: (-lengths[place], place)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _means(model: Any, rows: Sequence[Branched], *, is_whole: bool) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from graftlm.data.batches import Batch
 from graftlm.data.label_values import Problem
 from graftlm.data.labelled import JOINED
 from graftlm.data.labelled_encode import LabelledRow, TaggedRow, collate_labelled, collate_tagged
+from graftlm.data.longest_first import longest_first
 from graftlm.evaluation.label_scores import spans
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation, require_finite
 from graftlm.models.generate import Progress, StopFlag, evaluation_mode, input_device
@@ -114,7 +115,7 @@ def _evaluate(
     logits = RowLogits(model)
     found: dict[int, EvaluatedRow] = {}
     with evaluation_mode(model):
-        for some in _groups([row.tokens for row in rows]):
+        for some in longest_first([row.tokens for row in rows], tokens=TOKENS, rows=ROWS):
             if should_stop is not None and should_stop():
                 break
             found.update(zip(some, measure(logits, [rows[index] for index in some]), strict=True))
@@ -130,18 +131,6 @@ def _there(batch: Batch, model: nn.Module) -> Batch:
     """The batch with its inputs where the model reads them."""
     device = input_device(model)
     return replace(batch, inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()})
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first, so that memory peaks at the start."""
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if group and (len(group) == ROWS or lengths[group[0]] * (len(group) + 1) > TOKENS):
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
 
 
 def _told(row: LabelledRow, logits: Tensor, loss: float, labels: Labels) -> EvaluatedRow:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.data.encode import IGNORED
+from graftlm.data.longest_first import longest_first
 from graftlm.data.pair_batches import longest, padded
 from graftlm.data.pairs import Pair
 from graftlm.evaluation.perplexity import RowLoss, RowLosses, halving
@@ -60,7 +61,9 @@ def pair_losses(
         return _sums(model, some, is_whole=path == "full logits")
 
     with evaluation_mode(model):
-        for batch in _batches(rows, rows_per_batch, tokens_per_batch):
+        for batch in longest_first(
+            [row.tokens for row in rows], tokens=tokens_per_batch, rows=rows_per_batch
+        ):
             if should_stop is not None and should_stop():
                 break
             sums = halving(measure, [rows[index] for index in batch])
@@ -145,18 +148,6 @@ def _answers(
 def _texts(tokenizer: Any, row: Pair, written: Generated) -> tuple[str, str, str]:
     """Source, prediction and reference, as text."""
     return row.text, decode(tokenizer, written.token_ids), decode(tokenizer, row.target)
-
-
-def _batches(rows: Sequence[Pair], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Row indices by length, longest first."""
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(rows)), key=lambda number: (-rows[number].tokens, number)):
-        if not batches or len(batches[-1]) == most_rows or width * (len(batches[-1]) + 1) > most_tokens:
-            batches.append([])
-            width = rows[index].tokens
-        batches[-1].append(index)
-    return batches
 
 
 def _sums(model: Any, rows: Sequence[Pair], *, is_whole: bool) -> list[float]:

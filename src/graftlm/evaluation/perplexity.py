@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from graftlm.core.errors import DataError, ModelError
 from graftlm.data.batches import Batch
 from graftlm.data.forms import DOCUMENTS, flat
+from graftlm.data.longest_first import longest_first
 from graftlm.evaluation.rows import IGNORED, TokenRow, target_count
 from graftlm.models.generate import Progress, StopFlag, context_length, evaluation_mode, input_device
 from graftlm.objectives.sft import attention_of
@@ -68,8 +69,9 @@ def row_losses(
     _require_usable(model, rows)
     measure = _Measure(model)
     found: dict[int, RowLoss] = {}
+    lengths = [len(row.input_ids) for row in rows]
     with evaluation_mode(model):
-        for batch in _batches(rows, rows_per_batch, tokens_per_batch):
+        for batch in longest_first(lengths, tokens=tokens_per_batch, rows=rows_per_batch):
             if should_stop is not None and should_stop():
                 break
             sums = halving(measure, [rows[i] for i in batch])
@@ -104,20 +106,6 @@ def _require_usable(model: nn.Module, rows: Sequence[TokenRow]) -> None:
             f"Row {longest.row} has {len(longest.input_ids)} tokens; the model's context is {limit}.",
             fix=f"Encode with max_length={limit} or less.",
         )
-
-
-def _batches(rows: Sequence[TokenRow], most_rows: int, most_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    width = 0
-    for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i)):
-        if batch and (len(batch) == most_rows or width * (len(batch) + 1) > most_tokens):
-            yield batch
-            batch = []
-        if not batch:
-            width = len(rows[index].input_ids)
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def halving(measure: Callable[[Sequence[R]], list[float]], rows: Sequence[R]) -> list[float]:

@@ -14,6 +14,7 @@ from graftlm.core.errors import FormatError
 from graftlm.data.batches import Batch
 from graftlm.data.encode import IGNORED
 from graftlm.data.forms import for_attention
+from graftlm.data.longest_first import longest_first
 from graftlm.formats import peft_config
 from graftlm.formats.layout import CONFIG, TENSORS, check_base, fill, read_folder
 from graftlm.methods.adapter_set import AdapterSet
@@ -58,7 +59,7 @@ class RewardAdapter:
             raise ValueError("a row without a token has no reward")
         found = [0.0] * len(rows)
         with self.adapters.activated(self.name), evaluation_mode(self._model):
-            for places in _by_length(rows):
+            for places in longest_first([len(row) for row in rows], tokens=TOKENS_PER_BATCH):
                 states = self._last_states([rows[place] for place in places])
                 rewards = states.to(self.head.dtype) @ self.head
                 for place, reward in zip(places, rewards.tolist(), strict=True):
@@ -108,15 +109,3 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Batch:
     lengths = tuple((len(row),) for row in rows)
     real, numbers = sum(map(len, rows)), tuple(range(len(rows)))
     return Batch({"input_ids": ids, "attention_mask": mask}, labels, len(rows), real, numbers, lengths)
-
-
-def _by_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Places of rows, longest first, so many together as make a batch."""
-    batches: list[list[int]] = []
-    width = 0
-    for place in sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place)):
-        if not batches or width * (len(batches[-1]) + 1) > TOKENS_PER_BATCH:
-            batches.append([])
-            width = len(rows[place])
-        batches[-1].append(place)
-    return batches

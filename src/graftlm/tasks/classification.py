@@ -20,37 +20,32 @@ from graftlm.data.length_batches import LengthBatches
 from graftlm.evaluation.labelled import MEASURES, Labels, evaluate_labelled
 from graftlm.evaluation.measures import MEASURES as KNOWN
 from graftlm.evaluation.runner import Evaluation
-from graftlm.methods.base import MethodConfig
 from graftlm.models.ending import Ending
 from graftlm.models.generate import Progress, StopFlag
-from graftlm.models.heads import PROBLEMS, describe_head, with_head
+from graftlm.models.heads import PROBLEMS
 from graftlm.objectives.classification import (
     ClassificationObjective,
     ClassificationSettings,
     require_matching,
 )
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.dataset import Converted, Dataset, RawDataset, counted, held_out_records, kept, read_split
+from graftlm.tasks.dataset import Converted, counted, kept
+from graftlm.tasks.heads import HeadTask
 from graftlm.tasks.sft import ROWS_DURING_TRAINING
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
 from graftlm.training.task_section import TaskChoice
 
-HEAD_RATE_SCALE = 0.3
-"""A head of random weights sends rough gradients into the body at first: at the rate that suits text, small
-encoders stay at chance on hard labels (docs/how-to/classification.md)."""
 RARE = 10
 """Rows of a class below which a notice says that there are few."""
 SHOWN = 30
 """Labels whose counts a report lists."""
 
 
-class ClassificationTask(Task[LabelledBatch]):
+class ClassificationTask(HeadTask[Labelled, LabelledRow, LabelledBatch]):
     """The loss of what a head says of rows; head and adapter are trained, saved and served together."""
 
     name = "classification"
-    keeps_known_text = False
-    rate_scale = HEAD_RATE_SCALE
+    unpacked = "a head tells of one row at a time; rows of like length go together"
 
     @property
     def settings(self) -> ClassificationSettings:
@@ -66,25 +61,19 @@ class ClassificationTask(Task[LabelledBatch]):
         assert told is not None
         return Labels(self._reader.labels, told)
 
-    def read(self) -> None:
-        self._begin()
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, self._convert)
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Labelled]:
+        return Converted(*self._reader(rows, format, numbers, source))
+
+    def look(self) -> None:
         self._require_sense()
-        require_variety(self._raw.train, self.labels.told, self.recipe.data.path)
+        require_variety(self.raw.train, self.labels.told, self.recipe.data.path)
         self._say_doubts()
 
-    def read_held_out(self, limit: int | None = None) -> None:
-        self._begin()
-        data = self.recipe.data
-        records, found = held_out_records(data.path, data, self._convert)
-        self._raw = RawDataset[Labelled](found, (), tuple(records[:limit]))
-
     def settled(self) -> Recipe:
-        say_unpacked(self.recipe, "a head tells of one row at a time; rows of like length go together")
-        data = self.recipe.data.model_copy(update={"packing": False})
         settings = self.settings.replace(labels=self.labels.names, problem_type=PROBLEMS[self.labels.told])
-        task = TaskChoice(self.name, settings)
-        return self.recipe.model_copy(update={"data": data, "task": task})
+        return super().settled().model_copy(update={"task": TaskChoice(self.name, settings)})
 
     @property
     def ending(self) -> Ending:
@@ -92,21 +81,10 @@ class ClassificationTask(Task[LabelledBatch]):
         names = ("number",) if labels.told == "number" else labels.names
         return Ending("rows", names, labels.told, self.recipe.train.seed)
 
-    def require_base(self, model: nn.Module) -> None:
-        """Whatever was loaded with this ending tells labels."""
-        self._head = describe_head(model)
-
-    def encode(self, tokenizer: Any) -> None:
-        raw = self._raw
-        self._pad = int(tokenizer.pad_token_id)
-        train = self._encoded(raw.train, tokenizer, "training") if raw.train else ()
-        held_out = self._encoded(raw.held_out, tokenizer, "held-out")
-        self.dataset: Dataset[LabelledRow] = Dataset(
-            self.recipe.data.path, raw.format, train, held_out, raw.repeats
-        )
-
-    def method(self, model: nn.Module) -> MethodConfig:
-        return with_head(self.recipe.method.config, model)
+    def encoded(self, records: Sequence[Labelled], tokenizer: Any, part: str) -> tuple[LabelledRow, ...]:
+        data = self.recipe.data
+        found, problems = encode_labelled(records, tokenizer, data.max_length, self.labels.names)
+        return kept(found, problems, data, part)
 
     def batches(self, tokenizer: Any) -> LengthBatches[LabelledRow, LabelledBatch]:
         train = self.recipe.train
@@ -135,17 +113,14 @@ class ClassificationTask(Task[LabelledBatch]):
             should_stop=stop,
         )  # fmt: skip
 
-    def probes(self, count: int) -> list[list[int]]:
-        return [list(row.input_ids) for row in spread(self.dataset.held_out, count)]
-
     @property
     def facts(self) -> Sequence[tuple[str, str]]:
         labels = self.labels
         if labels.told == "number":
-            numbers = [record.number for record in self._raw.train if record.number is not None]
+            numbers = [record.number for record in self.raw.train if record.number is not None]
             return (("head", self._head), ("range of the numbers", f"{min(numbers):g} to {max(numbers):g}"))
-        counts = sorted(balance(self._raw.train, labels.names).items(), key=lambda item: -item[1])
-        total = max(1, len(self._raw.train))
+        counts = sorted(balance(self.raw.train, labels.names).items(), key=lambda item: -item[1])
+        total = max(1, len(self.raw.train))
         shown = [(name, f"{count:,} training rows ({count / total:.1%})") for name, count in counts[:SHOWN]]
         rest = [("...", f"{len(counts) - SHOWN} more labels")] if len(counts) > SHOWN else []
         return (
@@ -155,7 +130,7 @@ class ClassificationTask(Task[LabelledBatch]):
             *rest,
         )
 
-    def _begin(self) -> None:
+    def prepare(self) -> None:
         settings = self.settings
         problem = {theirs: told for told, theirs in PROBLEMS.items()}.get(settings.problem_type)
         self._reader = LabelReader(label_names(settings.labels), problem)
@@ -166,22 +141,12 @@ class ClassificationTask(Task[LabelledBatch]):
             require_matching(self._reader.told, self.settings.label_smoothing)
         require_no_metrics(self.recipe)
 
-    def _convert(
-        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
-    ) -> Converted[Labelled]:
-        return Converted(*self._reader(rows, format, numbers, source))
-
-    def _encoded(self, records: Sequence[Labelled], tokenizer: Any, part: str) -> tuple[LabelledRow, ...]:
-        data = self.recipe.data
-        found, problems = encode_labelled(records, tokenizer, data.max_length, self.labels.names)
-        return kept(found, problems, data, part)
-
     def _say_doubts(self) -> None:
         """What is no error, and costs accuracy."""
-        twice = contradictions([*self._raw.train, *self._raw.held_out])
+        twice = contradictions([*self.raw.train, *self.raw.held_out])
         if twice:
             notice(f"{counted(len(twice))} with a text that has another label elsewhere: {twice[0]}")
-        few = [name for name, count in balance(self._raw.train, self.labels.names).items() if count < RARE]
+        few = [name for name, count in balance(self.raw.train, self.labels.names).items() if count < RARE]
         if few and self.labels.told != "number":
             shown = ", ".join(few[:5]) + (" ..." if len(few) > 5 else "")
             count = f"{len(few)} of {len(self.labels.names)} labels"

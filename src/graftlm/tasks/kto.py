@@ -27,8 +27,8 @@ from graftlm.methods.adapter_set import AdapterSet
 from graftlm.models.generate import Progress, StopFlag
 from graftlm.objectives.kto import KtoObjective, KtoSettings, MarkedBatch, marked_batch, marked_metrics
 from graftlm.objectives.sft import require_causal
-from graftlm.tasks.base import Task, spread
-from graftlm.tasks.dataset import Converted, Dataset, RawDataset, held_out_records, kept, read_split
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, kept
 from graftlm.tasks.pair_measures import (
     digest_of,
     during_training,
@@ -36,7 +36,8 @@ from graftlm.tasks.pair_measures import (
     prompts_of,
     require_finite,
 )
-from graftlm.tasks.preference import as_judged
+from graftlm.tasks.preference import UNPACKED, say_ignored
+from graftlm.tasks.records import RecordTask
 from graftlm.tasks.reference import Reference, answer_sums, reference_of, rows_to_come
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
@@ -53,10 +54,11 @@ def to_marks(
     return Converted(records, found, problems)
 
 
-class KtoTask(Task[MarkedBatch]):
+class KtoTask(RecordTask[Marked, MarkedRow, MarkedBatch]):
     """A policy that makes good answers likelier, and bad ones less likely."""
 
     name = "kto"
+    unpacked = UNPACKED
     rate_scale: ClassVar[float] = 0.1
 
     def __init__(self, recipe: Recipe) -> None:
@@ -71,30 +73,24 @@ class KtoTask(Task[MarkedBatch]):
         assert isinstance(settings, KtoSettings)
         return settings
 
-    def read(self) -> None:
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_marks)
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Marked]:
+        return to_marks(rows, format, numbers, source)
+
+    def look(self) -> None:
         weights = self.settings.desirable_weight, self.settings.undesirable_weight
-        for finding in mark_findings(self._raw.train, *weights):
+        for finding in mark_findings(self.raw.train, *weights):
             notice(str(finding))
 
-    def read_held_out(self, limit: int | None = None) -> None:
-        data = self.recipe.data
-        records, found = held_out_records(data.path, data, to_marks)
-        self._raw = RawDataset[Marked](found, (), tuple(records[:limit]))
-
     def settled(self) -> Recipe:
-        return as_judged(self.recipe)
+        say_ignored(self.recipe)
+        return super().settled()
 
     def require_base(self, model: nn.Module) -> None:
         require_causal(model)
 
-    def encode(self, tokenizer: Any) -> None:
-        raw, data = self._raw, self.recipe.data
-        train = self._rows(raw.train, tokenizer, "training") if raw.train else ()
-        held_out = self._rows(raw.held_out, tokenizer, "held-out")
-        self.dataset: Dataset[MarkedRow] = Dataset(data.path, raw.format, train, held_out, raw.repeats)
-
-    def _rows(self, records: Sequence[Marked], tokenizer: Any, part: str) -> tuple[MarkedRow, ...]:
+    def encoded(self, records: Sequence[Marked], tokenizer: Any, part: str) -> tuple[MarkedRow, ...]:
         data = self.recipe.data
         found = encode_marked(records, tokenizer, data.max_length, data.template)
         rows = kept(found.rows, found.problems, data, part)

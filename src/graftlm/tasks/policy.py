@@ -24,10 +24,11 @@ from graftlm.models.generate_groups import GroupWriter
 from graftlm.objectives.policy_settings import SamplingSettings
 from graftlm.objectives.sft import require_causal
 from graftlm.tasks.adapter_reward import adapter_reward
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.dataset import Converted, Dataset, RawDataset, kept, read_records, read_split
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, kept
 from graftlm.tasks.measurement import scores_wanted
 from graftlm.tasks.policy_measure import DURING_TRAINING, MOST, PolicyMeasure, spread_over
+from graftlm.tasks.records import RecordTask
 from graftlm.tasks.reward_record import require_same
 from graftlm.tasks.rewards import ADAPTER, Reward, load_rewards
 from graftlm.tasks.rollout_batches import Layout, RolloutBatches
@@ -39,20 +40,12 @@ from graftlm.training.recipe import Recipe
 B = TypeVar("B", bound=BranchBatch)
 ROWS_PER_STEP, TOKENS_PER_PASS = 16, 8192
 """Prompts in a step, and tokens in a forward pass, where nobody wrote them."""
-UNPACKED = "the answers of a policy are not known beforehand"
 
 
-def convert(
-    rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
-) -> Converted[Prompt]:
-    """Prompts, in any of the known shapes."""
-    prompts, shape, problems = to_prompts(rows, format, numbers, source)
-    return Converted(prompts, shape, problems)
-
-
-class PolicyTask(Task[B], Generic[B]):
+class PolicyTask(RecordTask[Prompt, EncodedPrompt, B], Generic[B]):
     """A policy that writes, is rewarded, and learns; the kinds differ in what they make of the rewards."""
 
+    unpacked = "the answers of a policy are not known beforehand"
     rate_scale: ClassVar[float] = 0.3
     """Rewards want smaller steps than imitation: what is learnt from was written a step ago."""
 
@@ -90,15 +83,17 @@ class PolicyTask(Task[B], Generic[B]):
     def form(self, plain: BranchBatch, tensors: Mapping[str, Any]) -> B:
         """A batch of the objective; without `tensors`, any of that shape."""
 
-    def read(self) -> None:
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, convert)
-        self._rewards = self._load([*self._raw.train, *self._raw.held_out])
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Prompt]:
+        return Converted(*to_prompts(rows, format, numbers, source))
+
+    def look(self) -> None:
+        self._rewards = self._load([*self.raw.train, *self.raw.held_out])
 
     def read_held_out(self, limit: int | None = None) -> None:
-        data = self.recipe.data
-        prompts, found = read_records(data.path, data.format, data.bad_rows, convert)
-        self._raw = RawDataset[Prompt](found, (), tuple(prompts[:limit]))
-        self._rewards = self._load(prompts)
+        super().read_held_out(limit)
+        self._rewards = self._load(self.raw.held_out)
 
     def _load(self, prompts: Sequence[Prompt]) -> tuple[Reward, ...]:
         require_packages(scores_wanted(self.recipe))
@@ -111,9 +106,7 @@ class PolicyTask(Task[B], Generic[B]):
         )
 
     def settled(self) -> Recipe:
-        say_unpacked(self.recipe, UNPACKED)
-        recipe, train = self.recipe, self.recipe.train
-        data = recipe.data.model_copy(update={"packing": False})
+        recipe, train = super().settled(), self.recipe.train
         written = train.model_fields_set
         if not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
             # Rows are prompts, and each has as many answers as its group: far more tokens than the data show.
@@ -121,7 +114,7 @@ class PolicyTask(Task[B], Generic[B]):
             passes = -(-ROWS_PER_STEP // max(1, min(ROWS_PER_STEP, TOKENS_PER_PASS // most)))
             size = {"per_device_train_batch_size": -(-ROWS_PER_STEP // passes)}
             train = train.model_copy(update={**size, "gradient_accumulation_steps": passes})
-        return recipe.model_copy(update={"data": data, "train": train})
+        return recipe.model_copy(update={"train": train})
 
     def require_base(self, model: nn.Module) -> None:
         require_causal(model)
@@ -129,16 +122,12 @@ class PolicyTask(Task[B], Generic[B]):
     def encode(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.recipe = self._with_room()
-        raw, data = self._raw, self.recipe.data
+        super().encode(tokenizer)
+
+    def encoded(self, records: Sequence[Prompt], tokenizer: Any, part: str) -> tuple[EncodedPrompt, ...]:
+        data = self.recipe.data
         longest = data.max_length - self.sampling.max_completion_length
-
-        def encoded(prompts: Sequence[Prompt], part: str) -> tuple[EncodedPrompt, ...]:
-            rows, problems = encode_prompts(prompts, tokenizer, longest, data.template)
-            return kept(rows, problems, data, part)
-
-        train = encoded(raw.train, "training") if raw.train else ()
-        held_out = encoded(raw.held_out, "held-out")
-        self.dataset: Dataset[EncodedPrompt] = Dataset(data.path, raw.format, train, held_out, raw.repeats)
+        return kept(*encode_prompts(records, tokenizer, longest, data.template), data, part)
 
     def _with_room(self) -> Recipe:
         """The recipe with answers of at most half of `max_length`, unless a length was written that fits."""

@@ -31,9 +31,10 @@ from graftlm.objectives.preference import (
 )
 from graftlm.objectives.reference_free import OrpoObjective, OrpoSettings, SimpoObjective, SimpoSettings
 from graftlm.objectives.sft import require_causal
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.dataset import Converted, Dataset, RawDataset, held_out_records, kept, read_split
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, kept
 from graftlm.tasks.pair_measures import HeldOutPairs, during_training, ids_of, measure_pairs, prompts_of
+from graftlm.tasks.records import RecordTask
 from graftlm.tasks.reference import Reference, reference_of, rows_to_come
 from graftlm.training.interfaces import Evaluate
 from graftlm.training.recipe import Recipe
@@ -50,20 +51,18 @@ def to_pairs(
     return Converted(pairs, found, problems)
 
 
-def as_judged(recipe: Recipe) -> Recipe:
-    """The recipe of a task on judged answers; what it asks for and does not get is said."""
-    say_unpacked(recipe, UNPACKED)
+def say_ignored(recipe: Recipe) -> None:
+    """What a recipe asks for and a task on judged answers does not read."""
     if recipe.data.train_on != "completion":
         notice(f"data.train_on: {recipe.data.train_on} has no effect: judged are answers, not prompts.")
     if recipe.eval.metrics != "auto":
         notice(f"eval.metrics has no effect: {recipe.task.type} is measured by its rewards.")
-    data = recipe.data.model_copy(update={"packing": False})
-    return recipe.model_copy(update={"data": data})
 
 
-class PreferenceTask(Task[PairBatch]):
+class PreferenceTask(RecordTask[Preference, Branched, PairBatch]):
     """A policy that makes the chosen answer likelier than the rejected one."""
 
+    unpacked = UNPACKED
     rate_scale: ClassVar[float] = 0.1
     """Preferences want a tenth of the learning rate of imitation: nothing else holds the policy to text."""
 
@@ -81,34 +80,26 @@ class PreferenceTask(Task[PairBatch]):
         self._objective = self.loss(model)
         return self._objective
 
-    def read(self) -> None:
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_pairs)
-        for finding in pair_findings(self._raw.train):
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Preference]:
+        return to_pairs(rows, format, numbers, source)
+
+    def look(self) -> None:
+        for finding in pair_findings(self.raw.train):
             notice(str(finding))
 
-    def read_held_out(self, limit: int | None = None) -> None:
-        data = self.recipe.data
-        pairs, found = held_out_records(data.path, data, to_pairs)
-        self._raw = RawDataset[Preference](found, (), tuple(pairs[:limit]))
-
     def settled(self) -> Recipe:
-        return as_judged(self.recipe)
+        say_ignored(self.recipe)
+        return super().settled()
 
     def require_base(self, model: nn.Module) -> None:
         require_causal(model)
 
-    def encode(self, tokenizer: Any) -> None:
-        raw, data = self._raw, self.recipe.data
-        train, held_out = (
-            kept(*self._encoded(part, tokenizer), data, name) if part or name == "held-out" else ()
-            for part, name in ((raw.train, "training"), (raw.held_out, "held-out"))
-        )
-        self.dataset: Dataset[Branched] = Dataset(data.path, raw.format, train, held_out, raw.repeats)
-
-    def _encoded(self, pairs: Sequence[Preference], tokenizer: Any) -> tuple[tuple[Branched, ...], Any]:
+    def encoded(self, records: Sequence[Preference], tokenizer: Any, part: str) -> tuple[Branched, ...]:
         data = self.recipe.data
-        found = encode_preferences(pairs, tokenizer, data.max_length, data.template)
-        return found.rows, found.problems
+        found = encode_preferences(records, tokenizer, data.max_length, data.template)
+        return kept(found.rows, found.problems, data, part)
 
     def batches(self, tokenizer: Any) -> RowBatches[Branched, PairBatch]:
         train = self.recipe.train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from graftlm.core.files import write_atomic
 from graftlm.core.progress import progress, say
 from graftlm.data.batches import Batch
 from graftlm.data.branches import Branched, branch_batch
+from graftlm.data.longest_first import longest_first
 from graftlm.data.row_batches import RowBatches, SizedRow
 from graftlm.evaluation.divergence import without_adapters
 from graftlm.models.generate import Progress, StopFlag, evaluation_mode
@@ -113,7 +114,7 @@ def answer_sums(
     device = device_of(model)
     done = 0
     with evaluation_mode(model):
-        for number, places in enumerate(_batches(rows)):
+        for number, places in enumerate(longest_first([row.tokens for row in rows], tokens=TOKENS_PER_BATCH)):
             done += len(places)
             if not found[places].isnan().any():
                 continue
@@ -150,15 +151,3 @@ def _kept(path: Path, fingerprint: str) -> Tensor | None:
         if (file.metadata() or {}).get("fingerprint") != fingerprint:
             return None
         return torch.as_tensor(file.get_tensor(SUMS))
-
-
-def _batches(rows: Sequence[Branched]) -> Iterator[list[int]]:
-    """Places of rows, longest first; a pure function of the rows, so that bits do not depend on when."""
-    batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: (-rows[place].tokens, place)):
-        if batch and rows[batch[0]].tokens * (len(batch) + 1) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from graftlm.core.notices import notice
 from graftlm.data.branches import Branched
+from graftlm.data.longest_first import longest_first
 from graftlm.data.preference_check import length_facts, pair_findings
 from graftlm.data.preference_encode import encode_preferences
 from graftlm.data.preferences import Preference
-from graftlm.data.records import Problem
 from graftlm.data.row_batches import RowBatches
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation
 from graftlm.methods.base import MethodConfig
@@ -34,12 +34,12 @@ from graftlm.objectives.reward import (
 )
 from graftlm.objectives.sft import require_causal
 from graftlm.quant.facts import device_of
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.dataset import Dataset, RawDataset, held_out_records, kept, read_split
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, kept
 from graftlm.tasks.pair_measures import digest_of, during_training, ids_of, require_finite
 from graftlm.tasks.preference import UNPACKED, to_pairs
+from graftlm.tasks.records import RecordTask
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
-from graftlm.training.recipe import Recipe
 from graftlm.training.step import to_device
 
 REWARD = "reward"
@@ -81,11 +81,12 @@ class RewardRow:
         return [*ids_of(self.pair), *struct.unpack("<q", struct.pack("<d", self.margin))]
 
 
-class RewardTask(Task[RewardBatch]):
+class RewardTask(RecordTask[Preference, RewardRow, RewardBatch]):
     """A number for each answer, higher for the chosen one of a pair."""
 
     name = "reward"
     keeps_known_text = False
+    unpacked = UNPACKED
 
     @property
     def settings(self) -> RewardSettings:
@@ -94,20 +95,14 @@ class RewardTask(Task[RewardBatch]):
         assert isinstance(settings, RewardSettings)
         return settings
 
-    def read(self) -> None:
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_pairs)
-        for finding in pair_findings(self._raw.train):
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Preference]:
+        return to_pairs(rows, format, numbers, source)
+
+    def look(self) -> None:
+        for finding in pair_findings(self.raw.train):
             notice(str(finding))
-
-    def read_held_out(self, limit: int | None = None) -> None:
-        data = self.recipe.data
-        pairs, found = held_out_records(data.path, data, to_pairs)
-        self._raw = RawDataset[Preference](found, (), tuple(pairs[:limit]))
-
-    def settled(self) -> Recipe:
-        say_unpacked(self.recipe, UNPACKED)
-        data = self.recipe.data.model_copy(update={"packing": False})
-        return self.recipe.model_copy(update={"data": data})
 
     @property
     def ending(self) -> Ending:
@@ -117,21 +112,15 @@ class RewardTask(Task[RewardBatch]):
         require_causal(model)
 
     def encode(self, tokenizer: Any) -> None:
-        raw, data = self._raw, self.recipe.data
         self._pad = int(tokenizer.pad_token_id)
-        train, held_out = (
-            kept(*self._encoded(part, tokenizer), data, name) if part or name == "held-out" else ()
-            for part, name in ((raw.train, "training"), (raw.held_out, "held-out"))
-        )
-        self.dataset: Dataset[RewardRow] = Dataset(data.path, raw.format, train, held_out, raw.repeats)
+        super().encode(tokenizer)
 
-    def _encoded(
-        self, pairs: Sequence[Preference], tokenizer: Any
-    ) -> tuple[tuple[RewardRow, ...], tuple[Problem, ...]]:
+    def encoded(self, records: Sequence[Preference], tokenizer: Any, part: str) -> tuple[RewardRow, ...]:
         data = self.recipe.data
-        margins = {pair.row: pair.margin or 0.0 for pair in pairs}
-        found = encode_preferences(pairs, tokenizer, data.max_length, data.template)
-        return tuple(RewardRow(row, margins[row.row]) for row in found.rows), found.problems
+        margins = {pair.row: pair.margin or 0.0 for pair in records}
+        found = encode_preferences(records, tokenizer, data.max_length, data.template)
+        rows = tuple(RewardRow(row, margins[row.row]) for row in found.rows)
+        return kept(rows, found.problems, data, part)
 
     def method(self, model: nn.Module) -> MethodConfig:
         return with_head(self.recipe.method.config, model)
@@ -215,7 +204,7 @@ def pair_rewards(
     found = torch.full((len(rows), 2), torch.nan, dtype=torch.float64)
     done = 0
     with evaluation_mode(model):
-        for places in _by_length(rows):
+        for places in longest_first([row.tokens for row in rows], tokens=TOKENS_PER_BATCH):
             if stop():
                 break
             batch = to_device(_batch([rows[place] for place in places], pad), device_of(model))
@@ -233,15 +222,3 @@ def objective_losses(objective: RewardObjective, rows: Sequence[RewardRow], rewa
 
 def _batch(rows: Sequence[RewardRow], pad: int) -> RewardBatch:
     return reward_batch([row.pair for row in rows], [row.margin for row in rows], pad)
-
-
-def _by_length(rows: Sequence[RewardRow]) -> Iterator[list[int]]:
-    """Places of rows, longest first."""
-    batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: (-rows[place].tokens, place)):
-        if batch and rows[batch[0]].tokens * (len(batch) + 1) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,23 +21,24 @@ from graftlm.evaluation.text_scores import require_packages, with_scores
 from graftlm.models.encoder_decoder import decoder_ids, require_encoder_decoder
 from graftlm.models.generate import Progress, StopFlag, context_length
 from graftlm.objectives.seq2seq import Seq2SeqObjective, Seq2SeqSettings
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.dataset import Dataset, RawDataset, counted, held_out_records, kept, read_split, to_texts
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, counted, kept, to_texts
 from graftlm.tasks.measurement import MOST_ANSWERS, SHORT_ANSWER, scores_wanted
+from graftlm.tasks.records import RecordTask
 from graftlm.tasks.sft import ROWS_DURING_TRAINING
 from graftlm.training.defaults import room_beside
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
-from graftlm.training.recipe import Recipe
 
 SHORT_ANSWERS_BY = ("chrf", "character_error_rate")
 """What short answers are judged by where nobody chose; neither needs a package."""
 
 
-class Seq2SeqTask(Task[Batch]):
+class Seq2SeqTask(RecordTask[Example, Pair, Batch]):
     """Cross-entropy of targets, written by the decoder to what the encoder reads."""
 
     name = "seq2seq"
     keeps_known_text = False
+    unpacked = "an encoder-decoder reads one row at a time; rows of like length go together"
 
     @property
     def settings(self) -> Seq2SeqSettings:
@@ -46,21 +47,10 @@ class Seq2SeqTask(Task[Batch]):
         assert isinstance(settings, Seq2SeqSettings)
         return settings
 
-    def read(self) -> None:
-        self._require_sense()
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_texts)
-
-    def read_held_out(self, limit: int | None = None) -> None:
-        self._require_sense()
-        data = self.recipe.data
-        examples, found = held_out_records(data.path, data, to_texts)
-        self._raw = RawDataset[Example](found, (), tuple(examples[:limit]))
-
-    def settled(self) -> Recipe:
-        say_unpacked(
-            self.recipe, "an encoder-decoder reads one row at a time; rows of like length go together"
-        )
-        return self.recipe.model_copy(update={"data": self.recipe.data.model_copy(update={"packing": False})})
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Example]:
+        return to_texts(rows, format, numbers, source)
 
     def require_base(self, model: nn.Module) -> None:
         require_encoder_decoder(model)
@@ -73,12 +63,6 @@ class Seq2SeqTask(Task[Batch]):
                 meaning="Positions beyond the context were never trained.",
                 fix=f"Set task.max_target_length to at most {room}.",
             )
-
-    def encode(self, tokenizer: Any) -> None:
-        raw = self._raw
-        train = self._encoded(raw.train, tokenizer, "training") if raw.train else ()
-        held_out = self._encoded(raw.held_out, tokenizer, "held-out")
-        self.dataset: Dataset[Pair] = Dataset(self.recipe.data.path, raw.format, train, held_out, raw.repeats)
 
     def batches(self, tokenizer: Any) -> PairBatches:
         train = self.recipe.train
@@ -113,12 +97,12 @@ class Seq2SeqTask(Task[Batch]):
     def probes(self, count: int) -> list[list[int]]:
         return [list(row.decoder) for row in spread(self.dataset.held_out, count)]
 
-    def _encoded(self, examples: Sequence[Example], tokenizer: Any, part: str) -> tuple[Pair, ...]:
+    def encoded(self, records: Sequence[Example], tokenizer: Any, part: str) -> tuple[Pair, ...]:
         data, settings = self.recipe.data, self.settings
         longest = settings.max_target_length or data.max_length
         limits = Limits(data.max_length, longest, settings.source_prefix)
-        found = encode_pairs(examples, tokenizer, limits, lambda target: decoder_ids(self._model, target))
-        several = sum(sum(turn.trained for turn in example.turns) > 1 for example in examples)
+        found = encode_pairs(records, tokenizer, limits, lambda target: decoder_ids(self._model, target))
+        several = sum(sum(turn.trained for turn in example.turns) > 1 for example in records)
         if several:
             notice(f"{counted(several, part)} with several answers: the last is learnt, the others are read.")
         return kept(found.rows, found.problems, data, part)
@@ -133,7 +117,7 @@ class Seq2SeqTask(Task[Batch]):
         most = min(len(rows), MOST_ANSWERS)
         return [place * len(rows) // most for place in range(most)], SHORT_ANSWERS_BY
 
-    def _require_sense(self) -> None:
+    def prepare(self) -> None:
         data = self.recipe.data
         require_packages(scores_wanted(self.recipe))
         if data.template == "chat" or data.train_on == "all":

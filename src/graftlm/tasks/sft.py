@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,37 +16,33 @@ from graftlm.evaluation.runner import Evaluation, evaluate
 from graftlm.evaluation.text_scores import require_packages, with_scores
 from graftlm.models.generate import Progress, StopFlag
 from graftlm.objectives.sft import SftObjective, require_causal
-from graftlm.tasks.base import Task, spread
-from graftlm.tasks.dataset import Dataset, RawDataset, encode, held_out_records, read_split, to_texts
+from graftlm.tasks.base import spread
+from graftlm.tasks.dataset import Converted, encode, to_texts
 from graftlm.tasks.measurement import answers_wanted, scores_wanted
+from graftlm.tasks.records import RecordTask
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 
 ROWS_DURING_TRAINING = 512
 
 
-class SftTask(Task[Batch]):
+class SftTask(RecordTask[Example, Encoded, Batch]):
     """Next-token prediction on the answers, or on everything."""
 
     name = "sft"
 
-    def read(self) -> None:
+    def prepare(self) -> None:
         require_packages(scores_wanted(self.recipe))
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, to_texts)
 
-    def read_held_out(self, limit: int | None = None) -> None:
-        require_packages(scores_wanted(self.recipe))
-        data = self.recipe.data
-        examples, found = held_out_records(data.path, data, to_texts)
-        self._raw = RawDataset[Example](found, (), tuple(examples[:limit]))
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Example]:
+        return to_texts(rows, format, numbers, source)
 
     def require_base(self, model: nn.Module) -> None:
         require_causal(model)
 
-    def encode(self, tokenizer: Any) -> None:
-        raw, data = self._raw, self.recipe.data
-        train = encode(raw.train, data, tokenizer, "training") if raw.train else ()
-        held_out = encode(raw.held_out, data, tokenizer, "held-out")
-        self.dataset: Dataset[Encoded] = Dataset(data.path, raw.format, train, held_out, raw.repeats)
+    def encoded(self, records: Sequence[Example], tokenizer: Any, part: str) -> tuple[Encoded, ...]:
+        return encode(records, self.recipe.data, tokenizer, part)
 
     def batches(self, tokenizer: Any) -> Batches:
         data, train = self.recipe.data, self.recipe.train

@@ -16,26 +16,23 @@ from graftlm.data.labelled_encode import TaggedRow, collate_tagged, encode_tagge
 from graftlm.data.length_batches import LengthBatches
 from graftlm.evaluation.labelled import evaluate_tagged
 from graftlm.evaluation.runner import Evaluation
-from graftlm.methods.base import MethodConfig
 from graftlm.models.ending import Ending
 from graftlm.models.generate import Progress, StopFlag
-from graftlm.models.heads import describe_head, with_head
 from graftlm.objectives.token_classification import TokenClassificationObjective, TokenClassificationSettings
-from graftlm.tasks.base import Task, say_unpacked, spread
-from graftlm.tasks.classification import HEAD_RATE_SCALE, SHOWN, held_out, label_names, require_no_metrics
-from graftlm.tasks.dataset import Converted, Dataset, RawDataset, held_out_records, kept, read_split
+from graftlm.tasks.classification import SHOWN, held_out, label_names, require_no_metrics
+from graftlm.tasks.dataset import Converted, kept
+from graftlm.tasks.heads import HeadTask
 from graftlm.tasks.sft import ROWS_DURING_TRAINING
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
 from graftlm.training.task_section import TaskChoice
 
 
-class TokenClassificationTask(Task[Batch]):
+class TokenClassificationTask(HeadTask[Tagged, TaggedRow, Batch]):
     """Cross-entropy of the tag of every word; head and adapter are trained, saved and served together."""
 
     name = "token_classification"
-    keeps_known_text = False
-    rate_scale = HEAD_RATE_SCALE
+    unpacked = "rows of like length go together"
 
     @property
     def settings(self) -> TokenClassificationSettings:
@@ -44,10 +41,17 @@ class TokenClassificationTask(Task[Batch]):
         assert isinstance(settings, TokenClassificationSettings)
         return settings
 
-    def read(self) -> None:
-        self._begin()
-        self._raw = read_split(self.recipe.data, self.recipe.train.seed, self._convert)
-        said = {tag for record in self._raw.train for tag in record.tags}
+    def prepare(self) -> None:
+        require_no_metrics(self.recipe)
+        self._reader = TagReader(label_names(self.settings.labels))
+
+    def convert(
+        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
+    ) -> Converted[Tagged]:
+        return Converted(*self._reader(rows, format, numbers, source))
+
+    def look(self) -> None:
+        said = {tag for record in self.raw.train for tag in record.tags}
         if len(said) < 2:
             raise DataError(
                 f"All words of {self.recipe.data.path} have the tag {min(said, default='')!r}.",
@@ -56,36 +60,18 @@ class TokenClassificationTask(Task[Batch]):
                 "--set 'data.format=words_tags(WORDS, TAGS)'",
             )
 
-    def read_held_out(self, limit: int | None = None) -> None:
-        self._begin()
-        data = self.recipe.data
-        records, found = held_out_records(data.path, data, self._convert)
-        self._raw = RawDataset[Tagged](found, (), tuple(records[:limit]))
-
     def settled(self) -> Recipe:
-        say_unpacked(self.recipe, "rows of like length go together")
-        data = self.recipe.data.model_copy(update={"packing": False})
         settings = self.settings.replace(labels=self._reader.labels)
-        return self.recipe.model_copy(update={"data": data, "task": TaskChoice(self.name, settings)})
+        return super().settled().model_copy(update={"task": TaskChoice(self.name, settings)})
 
     @property
     def ending(self) -> Ending:
         return Ending("tokens", self._reader.labels, seed=self.recipe.train.seed)
 
-    def require_base(self, model: nn.Module) -> None:
-        """Whatever was loaded with this ending tells tags."""
-        self._head = describe_head(model)
-
-    def encode(self, tokenizer: Any) -> None:
-        raw = self._raw
-        self._pad = int(tokenizer.pad_token_id)
-        train = self._encoded(raw.train, tokenizer, "training") if raw.train else ()
-        held_out = self._encoded(raw.held_out, tokenizer, "held-out")
-        path = self.recipe.data.path
-        self.dataset: Dataset[TaggedRow] = Dataset(path, raw.format, train, held_out, raw.repeats)
-
-    def method(self, model: nn.Module) -> MethodConfig:
-        return with_head(self.recipe.method.config, model)
+    def encoded(self, records: Sequence[Tagged], tokenizer: Any, part: str) -> tuple[TaggedRow, ...]:
+        data = self.recipe.data
+        found, problems = encode_tagged(records, tokenizer, data.max_length, self._reader.labels)
+        return kept(found, problems, data, part)
 
     def batches(self, tokenizer: Any) -> LengthBatches[TaggedRow, Batch]:
         train = self.recipe.train
@@ -112,29 +98,12 @@ class TokenClassificationTask(Task[Batch]):
             should_stop=stop,
         )  # fmt: skip
 
-    def probes(self, count: int) -> list[list[int]]:
-        return [list(row.input_ids) for row in spread(self.dataset.held_out, count)]
-
     @property
     def facts(self) -> Sequence[tuple[str, str]]:
-        counts = sorted(balance(self._raw.train, self._reader.labels).items(), key=lambda item: -item[1])
+        counts = sorted(balance(self.raw.train, self._reader.labels).items(), key=lambda item: -item[1])
         total = max(1, sum(count for _, count in counts))
         shown = [(name, f"{count:,} words ({count / total:.1%})") for name, count in counts[:SHOWN]]
         return (("head", self._head), ("tags", f"{len(counts)}"), *shown)
-
-    def _begin(self) -> None:
-        require_no_metrics(self.recipe)
-        self._reader = TagReader(label_names(self.settings.labels))
-
-    def _convert(
-        self, rows: Sequence[Mapping[str, Any]], format: str, numbers: Sequence[int], source: str
-    ) -> Converted[Tagged]:
-        return Converted(*self._reader(rows, format, numbers, source))
-
-    def _encoded(self, records: Sequence[Tagged], tokenizer: Any, part: str) -> tuple[TaggedRow, ...]:
-        data = self.recipe.data
-        found, problems = encode_tagged(records, tokenizer, data.max_length, self._reader.labels)
-        return kept(found, problems, data, part)
 
 
 class HeldOutTags:
