@@ -33,6 +33,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus-client"),
     "track": ("tensorboard", "wandb", "mlflow"),
     "peft": ("peft",),
+    "metrics": ("sacrebleu", "rouge-score"),
 }
 """The optional parts of the package; a test holds them equal to `pyproject.toml`."""
 
