@@ -293,6 +293,8 @@ def test_wrong_settings(encoder: Path, tmp_path: Path) -> None:
         run(encoder, data, tmp_path / "run", "task.label_smoothing=0.1")
     with pytest.raises(ConfigError, match=r"eval\.metrics has no effect"):
         run(encoder, data, tmp_path / "run", "eval.metrics=[exact_match]")
+    with pytest.raises(ConfigError, match="YAML reads yes, no"):
+        run(encoder, data, tmp_path / "run", "task.labels=[yes, no]")
     with pytest.raises(ConfigError, match="more than once"):
         run(encoder, data, tmp_path / "run", "task.labels=[a, b, a]")
     with pytest.raises(ConfigError, match="problem_type"):

@@ -99,7 +99,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = "" if self.row is None else f"row {self.row}: "
-        return f"{where}{self.what}. {self.fix}".rstrip()
+        end = "" if self.what.endswith("?") else "."
+        return f"{where}{self.what}{end} {self.fix}".rstrip()
 
 
 @dataclass(frozen=True)

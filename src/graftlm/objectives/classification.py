@@ -50,8 +50,26 @@ class ClassificationSettings(Config):
 
     @field_validator("labels", mode="before")
     @classmethod
-    def _one_is_a_file(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _names(cls, value: object) -> object:
+        return as_labels(value)
+
+
+def as_labels(value: object) -> object:
+    """Labels as a recipe writes them: a lone text names a file, whole numbers are names too.
+
+    Raises:
+        ValueError: YAML read a name as true or false.
+
+    >>> as_labels([0, 1]), as_labels("labels.txt")
+    (('0', '1'), ('labels.txt',))
+    """
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        return value
+    if any(isinstance(each, bool) for each in value):
+        raise ValueError("YAML reads yes, no, on and off as true and false; write such labels in quotes")
+    return tuple(str(each) if isinstance(each, int) else each for each in value)
 
 
 def require_matching(told: Problem, label_smoothing: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,7 @@ from graftlm.data.encode import IGNORED
 from graftlm.data.labelled import Tagged
 from graftlm.data.labelled_encode import TaggedRow, collate_tagged
 from graftlm.objectives.base import LossParts, Objective
-from graftlm.objectives.classification import FEW, ClassificationSettings
+from graftlm.objectives.classification import FEW, ClassificationSettings, as_labels
 from graftlm.objectives.row_logits import RowLogits
 
 
@@ -26,6 +27,11 @@ class TokenClassificationSettings(Config):
     labels: tuple[str, ...] = ()
     """All tags in order, or the file that names them; none: those of the data. The recipe of a run names them
     all."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return as_labels(value)
 
 
 class TokenClassificationObjective(Objective[Batch]):
