@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from graftlm.core.errors import ConfigError, DataError
-from graftlm.data.label_columns import labelled_columns, tagged_columns
-from graftlm.data.label_reader import LabelReader, TagReader, balance, contradictions, require_variety
-from graftlm.data.label_values import problem_of, read_label_map
-from graftlm.data.labelled import Labelled, Tagged
-from graftlm.data.labelled_encode import (
+from graftlm.data.labels.columns import labelled_columns, tagged_columns
+from graftlm.data.labels.encode import (
     LabelledRow,
     collate_labelled,
     collate_tagged,
     encode_labelled,
     encode_tagged,
 )
+from graftlm.data.labels.reader import LabelReader, TagReader, balance, contradictions, require_variety
+from graftlm.data.labels.records import Labelled, Tagged
+from graftlm.data.labels.values import problem_of, read_label_map
 from graftlm.data.length_batches import STEP, LengthBatches
 from graftlm.data.sources import read_rows
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from graftlm.core.errors import DataError
 from graftlm.data.branches import Branched
 from graftlm.data.formats import detect
-from graftlm.data.preference_check import length_facts, mark_findings, pair_findings
-from graftlm.data.preference_encode import encode_marked, encode_preferences
-from graftlm.data.preference_rows import to_marked, to_preferences
-from graftlm.data.preferences import Marked, Preference
+from graftlm.data.preferences.check import length_facts, mark_findings, pair_findings
+from graftlm.data.preferences.encode import encode_marked, encode_preferences
+from graftlm.data.preferences.records import Marked, Preference
+from graftlm.data.preferences.rows import to_marked, to_preferences
 from graftlm.data.records import Problem, Turn
 from graftlm.data.row_batches import RowBatches
 from graftlm.data.sources import read_rows

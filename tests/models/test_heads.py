@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from graftlm.core.errors import FormatError, ModelError
 from graftlm.core.notices import collected, forget_notices
-from graftlm.data.label_values import Problem
+from graftlm.data.labels.values import Problem
 from graftlm.formats.ending import ending_facts
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach

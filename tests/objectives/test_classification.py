@@ -16,15 +16,15 @@ from torch.nn import functional as F
 
 from graftlm.core.errors import ConfigError
 from graftlm.data.batches import Batch
-from graftlm.data.label_values import Problem
-from graftlm.data.labelled import Labelled, Tagged
-from graftlm.data.labelled_encode import (
+from graftlm.data.labels.encode import (
     LabelledBatch,
     LabelledRow,
     TaggedRow,
     collate_labelled,
     collate_tagged,
 )
+from graftlm.data.labels.records import Labelled, Tagged
+from graftlm.data.labels.values import Problem
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig

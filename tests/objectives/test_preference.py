@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from graftlm.core.errors import ConfigError
 from graftlm.data.branches import Branched
-from graftlm.data.preference_encode import MarkedRow
+from graftlm.data.preferences.encode import MarkedRow
 from graftlm.formats.layout import FOLDER
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig

@@ -20,7 +20,7 @@ from graftlm.methods.lora import LoraConfig
 from graftlm.models.ending import Ending
 from graftlm.models.heads import with_head
 from graftlm.models.load import load_model
-from graftlm.tasks.rollouts import RolloutFiles
+from graftlm.tasks.policy.rollouts import RolloutFiles
 from graftlm.verbs.evaluate import evaluate
 from graftlm.verbs.tune import tune
 from graftlm.verbs.tune_result import TuneResult

@@ -321,7 +321,7 @@ def test_what_belongs_to_another_task(tmp_path: Path) -> None:
 
 
 def test_partners_are_a_cycle_and_fit() -> None:
-    from graftlm.data.preference_encode import MarkedRow
+    from graftlm.data.preferences.encode import MarkedRow
 
     rows = [
         MarkedRow(Branched((1,) * n, (tuple(range(10 * n, 10 * n + 6)),), n, False), True)

@@ -12,9 +12,9 @@ import torch
 from graftlm.core.errors import CheckpointError, ConfigError, DataError
 from graftlm.core.notices import forget_notices, notices_to
 from graftlm.data.prompts import EncodedPrompt, Prompt, to_prompts
-from graftlm.tasks.reward_record import require_same
-from graftlm.tasks.rewards import Score, Written, load_rewards
-from graftlm.tasks.rollout_writer import totals_of
+from graftlm.tasks.policy.writer import totals_of
+from graftlm.tasks.rewards.record import require_same
+from graftlm.tasks.rewards.rewards import Score, Written, load_rewards
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "level": n} for n in range(4)]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graftlm.core.errors import DataError
-from graftlm.data.class_labels import names_in, names_in_schema, with_names
 from graftlm.data.json_rows import Parsed, Rows
+from graftlm.data.labels.class_labels import names_in, names_in_schema, with_names
 from graftlm.data.raw_text import LINE_CAP
 from graftlm.data.records import Problem
 

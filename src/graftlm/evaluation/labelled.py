@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.data.batches import Batch
-from graftlm.data.label_values import Problem
-from graftlm.data.labelled import JOINED
-from graftlm.data.labelled_encode import LabelledRow, TaggedRow, collate_labelled, collate_tagged
+from graftlm.data.labels.encode import LabelledRow, TaggedRow, collate_labelled, collate_tagged
+from graftlm.data.labels.records import JOINED
+from graftlm.data.labels.values import Problem
 from graftlm.data.longest_first import longest_first
 from graftlm.evaluation.label_scores import spans
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation, require_finite

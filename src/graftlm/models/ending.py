@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.data.label_values import Problem
+from graftlm.data.labels.values import Problem
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from graftlm.core.errors import FormatError
-from graftlm.data.label_values import Problem
+from graftlm.data.labels.values import Problem
 from graftlm.formats.ending import KINDS as LABELLED
 from graftlm.formats.layout import CONFIG, EXTRA, TENSORS
 from graftlm.methods.base import MethodConfig

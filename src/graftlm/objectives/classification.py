@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from graftlm.core.config import Config
 from graftlm.core.errors import ConfigError
-from graftlm.data.label_values import Problem
-from graftlm.data.labelled import Labelled
-from graftlm.data.labelled_encode import LabelledBatch, LabelledRow, collate_labelled
+from graftlm.data.labels.encode import LabelledBatch, LabelledRow, collate_labelled
+from graftlm.data.labels.records import Labelled
+from graftlm.data.labels.values import Problem
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.row_logits import RowLogits
 

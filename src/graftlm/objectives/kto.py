@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.core.config import Config
 from graftlm.data.branches import BranchBatch, Branched, branch_batch
-from graftlm.data.preference_encode import MarkedRow
+from graftlm.data.preferences.encode import MarkedRow
 from graftlm.models.dropout import drop_nothing
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.log_probs import AnswerLogProbs

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from graftlm.core.config import Config
 from graftlm.data.batches import Batch
 from graftlm.data.encode import IGNORED
-from graftlm.data.labelled import Tagged
-from graftlm.data.labelled_encode import TaggedRow, collate_tagged
+from graftlm.data.labels.encode import TaggedRow, collate_tagged
+from graftlm.data.labels.records import Tagged
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.classification import FEW, ClassificationSettings, as_labels
 from graftlm.objectives.row_logits import RowLogits

@@ -9,7 +9,7 @@ from typing import Any
 from graftlm.core.errors import DataError
 from graftlm.data.columns import ColumnNames
 from graftlm.data.formats import detect
-from graftlm.data.label_columns import LABELLED, TAGGED, labelled_columns, tagged_columns
+from graftlm.data.labels.columns import LABELLED, TAGGED, labelled_columns, tagged_columns
 from graftlm.data.records import Format
 from graftlm.data.sources import read_rows
 from graftlm.models.base_kind import BaseKind, base_kind

@@ -12,10 +12,10 @@ from torch import nn
 
 from graftlm.core.errors import ConfigError
 from graftlm.core.notices import notice
-from graftlm.data.label_reader import LabelReader, balance, contradictions, require_variety
-from graftlm.data.label_values import read_label_map
-from graftlm.data.labelled import Labelled
-from graftlm.data.labelled_encode import LabelledBatch, LabelledRow, collate_labelled, encode_labelled
+from graftlm.data.labels.encode import LabelledBatch, LabelledRow, collate_labelled, encode_labelled
+from graftlm.data.labels.reader import LabelReader, balance, contradictions, require_variety
+from graftlm.data.labels.records import Labelled
+from graftlm.data.labels.values import read_label_map
 from graftlm.data.length_batches import LengthBatches
 from graftlm.evaluation.labelled import MEASURES, Labels, evaluate_labelled
 from graftlm.evaluation.measures import MEASURES as KNOWN

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from graftlm.core.notices import notice
 from graftlm.core.seeding import derived_seed
 from graftlm.data.formats import detect
-from graftlm.data.preference_check import mark_findings
-from graftlm.data.preference_encode import MarkedRow, encode_marked
-from graftlm.data.preference_rows import to_marked
-from graftlm.data.preferences import Marked
+from graftlm.data.preferences.check import mark_findings
+from graftlm.data.preferences.encode import MarkedRow, encode_marked
+from graftlm.data.preferences.records import Marked
+from graftlm.data.preferences.rows import to_marked
 from graftlm.data.row_batches import RowBatches
 from graftlm.evaluation.divergence import first_answer_divergences, is_base, without_adapters
 from graftlm.evaluation.rows import TokenRow

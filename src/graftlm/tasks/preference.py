@@ -13,10 +13,10 @@ from torch import nn
 from graftlm.core.notices import notice
 from graftlm.data.branches import Branched
 from graftlm.data.formats import detect
-from graftlm.data.preference_check import length_facts, pair_findings
-from graftlm.data.preference_encode import encode_preferences
-from graftlm.data.preference_rows import to_preferences
-from graftlm.data.preferences import Preference
+from graftlm.data.preferences.check import length_facts, pair_findings
+from graftlm.data.preferences.encode import encode_preferences
+from graftlm.data.preferences.records import Preference
+from graftlm.data.preferences.rows import to_preferences
 from graftlm.data.row_batches import RowBatches
 from graftlm.evaluation.rows import TokenRow
 from graftlm.evaluation.runner import Evaluation

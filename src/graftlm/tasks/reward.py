@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from graftlm.core.notices import notice
 from graftlm.data.branches import Branched
 from graftlm.data.longest_first import longest_first
-from graftlm.data.preference_check import length_facts, pair_findings
-from graftlm.data.preference_encode import encode_preferences
-from graftlm.data.preferences import Preference
+from graftlm.data.preferences.check import length_facts, pair_findings
+from graftlm.data.preferences.encode import encode_preferences
+from graftlm.data.preferences.records import Preference
 from graftlm.data.row_batches import RowBatches
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation
 from graftlm.methods.base import MethodConfig

@@ -10,10 +10,10 @@ from graftlm.objectives.settings import AUTO
 from graftlm.tasks.auto import told
 from graftlm.tasks.base import Task
 from graftlm.tasks.classification import ClassificationTask
-from graftlm.tasks.group_policy import GrpoTask, RlooTask
 from graftlm.tasks.kto import KtoTask
 from graftlm.tasks.multi import MultiTask
-from graftlm.tasks.ppo import PpoTask
+from graftlm.tasks.policy.groups import GrpoTask, RlooTask
+from graftlm.tasks.policy.ppo import PpoTask
 from graftlm.tasks.preference import DpoTask, IpoTask, OrpoTask, SimpoTask
 from graftlm.tasks.reward import RewardTask
 from graftlm.tasks.seq2seq import Seq2SeqTask

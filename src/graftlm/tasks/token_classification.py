@@ -10,9 +10,9 @@ from torch import nn
 
 from graftlm.core.errors import DataError
 from graftlm.data.batches import Batch
-from graftlm.data.label_reader import TagReader, balance
-from graftlm.data.labelled import Tagged
-from graftlm.data.labelled_encode import TaggedRow, collate_tagged, encode_tagged
+from graftlm.data.labels.encode import TaggedRow, collate_tagged, encode_tagged
+from graftlm.data.labels.reader import TagReader, balance
+from graftlm.data.labels.records import Tagged
 from graftlm.data.length_batches import LengthBatches
 from graftlm.evaluation.labelled import evaluate_tagged
 from graftlm.evaluation.runner import Evaluation

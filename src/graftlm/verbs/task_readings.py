@@ -9,12 +9,12 @@ from typing import Literal
 from graftlm.core.config import Config
 from graftlm.core.errors import DataError
 from graftlm.data.formats import detect, to_examples
-from graftlm.data.label_reader import LabelReader, TagReader, balance, contradictions, require_variety
-from graftlm.data.labelled import Labelled, Tagged
+from graftlm.data.labels.reader import LabelReader, TagReader, balance, contradictions, require_variety
+from graftlm.data.labels.records import Labelled, Tagged
 from graftlm.data.pair_check import source_findings, with_sources
 from graftlm.data.pairs import source_text
-from graftlm.data.preference_check import mark_findings, pair_findings
-from graftlm.data.preference_rows import to_marked, to_preferences
+from graftlm.data.preferences.check import mark_findings, pair_findings
+from graftlm.data.preferences.rows import to_marked, to_preferences
 from graftlm.data.prompts import to_prompts
 from graftlm.data.records import Problem
 from graftlm.data.sources import Rows

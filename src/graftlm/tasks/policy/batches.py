@@ -13,7 +13,7 @@ import torch
 from graftlm.core.seeding import derived_seed
 from graftlm.data.branches import BranchBatch, Branched, branch_batch
 from graftlm.data.prompts import EncodedPrompt
-from graftlm.tasks.rollouts import Rollouts
+from graftlm.tasks.policy.rollouts import Rollouts
 
 B = TypeVar("B", bound=BranchBatch)
 

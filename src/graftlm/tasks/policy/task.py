@@ -23,17 +23,17 @@ from graftlm.models.generate import Progress, StopFlag, stop_token_ids
 from graftlm.models.generate_groups import GroupWriter
 from graftlm.objectives.policy_settings import SamplingSettings
 from graftlm.objectives.sft import require_causal
-from graftlm.tasks.adapter_reward import adapter_reward
 from graftlm.tasks.base import spread
 from graftlm.tasks.dataset import Converted, kept
 from graftlm.tasks.measurement import scores_wanted
-from graftlm.tasks.policy_measure import DURING_TRAINING, MOST, PolicyMeasure, spread_over
+from graftlm.tasks.policy.batches import Layout, RolloutBatches
+from graftlm.tasks.policy.measure import DURING_TRAINING, MOST, PolicyMeasure, spread_over
+from graftlm.tasks.policy.rollouts import RolloutFiles, Rollouts
+from graftlm.tasks.policy.writer import Passes, RolloutWriter
 from graftlm.tasks.records import RecordTask
-from graftlm.tasks.reward_record import require_same
-from graftlm.tasks.rewards import ADAPTER, Reward, load_rewards
-from graftlm.tasks.rollout_batches import Layout, RolloutBatches
-from graftlm.tasks.rollout_writer import Passes, RolloutWriter
-from graftlm.tasks.rollouts import RolloutFiles, Rollouts
+from graftlm.tasks.rewards.adapter import adapter_reward
+from graftlm.tasks.rewards.record import require_same
+from graftlm.tasks.rewards.rewards import ADAPTER, Reward, load_rewards
 from graftlm.training.interfaces import Evaluate, HeldOut, StopAsked
 from graftlm.training.recipe import Recipe
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from graftlm.core.errors import DataError
 from graftlm.data.conversion import RowError
-from graftlm.data.labelled import JOINED
+from graftlm.data.labels.records import JOINED
 
 Problem = Literal["one label", "several labels", "number"]
 """What is told of a row: which one of the labels, which of them, or how much."""

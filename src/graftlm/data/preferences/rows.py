@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from graftlm.core.errors import DataError
 from graftlm.data.conversion import RowError, dialogue, text_of, tools_text, turns_of
-from graftlm.data.preferences import Marked, Preference
+from graftlm.data.preferences.records import Marked, Preference
 from graftlm.data.records import SPOKEN_BY_MODEL, Format, Problem, Style, Turn
 
 Row = Mapping[str, Any]

@@ -15,9 +15,9 @@ from graftlm.objectives.advantages import grpo_advantages, rloo_advantages
 from graftlm.objectives.log_probs import AnswerLogProbs
 from graftlm.objectives.policy import GrpoObjective, PolicyBatch, RlooObjective, grpo_targets, lengths_of
 from graftlm.objectives.policy_settings import GroupSettings, GrpoSettings, RlooSettings
-from graftlm.tasks.policy import PolicyTask
-from graftlm.tasks.rollout_writer import LogProbs, Passes
-from graftlm.tasks.rollouts import Rollouts
+from graftlm.tasks.policy.rollouts import Rollouts
+from graftlm.tasks.policy.task import PolicyTask
+from graftlm.tasks.policy.writer import LogProbs, Passes
 
 OLD, REFERENCE = "old_log_probs", "reference_log_probs"
 

@@ -15,7 +15,7 @@ from graftlm.formats.layout import FOLDER, TENSORS
 from graftlm.methods.adapter_set import AdapterSet
 from graftlm.methods.attach import adapters_of
 from graftlm.objectives.reward_adapter import NAME, RewardAdapter
-from graftlm.tasks.rewards import Reward, Score, Written
+from graftlm.tasks.rewards.rewards import Reward, Score, Written
 
 
 @dataclass

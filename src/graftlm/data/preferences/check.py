@@ -7,7 +7,7 @@ from statistics import fmean
 
 from graftlm.data.branches import Branched
 from graftlm.data.duplicates import as_ranges
-from graftlm.data.preferences import Marked, Preference
+from graftlm.data.preferences.records import Marked, Preference
 from graftlm.data.records import Problem
 
 LONGER_SHARE = 0.7

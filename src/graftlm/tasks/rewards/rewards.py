@@ -17,8 +17,8 @@ from graftlm.core.config import suggest
 from graftlm.core.errors import ConfigError, DataError
 from graftlm.core.notices import notice
 from graftlm.data.prompts import EncodedPrompt, Prompt
-from graftlm.tasks.reward_file import load_function, required_names
-from graftlm.tasks.reward_functions import BUILT_IN, Judge
+from graftlm.tasks.rewards.file import load_function, required_names
+from graftlm.tasks.rewards.functions import BUILT_IN, Judge
 
 ADAPTER = "adapter:"
 """What the name of a reward adapter begins with."""

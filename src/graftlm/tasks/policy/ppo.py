@@ -14,9 +14,9 @@ from graftlm.objectives.advantages import TINY, generalised_advantages
 from graftlm.objectives.policy_settings import PpoSettings
 from graftlm.objectives.ppo import VALUE_HEAD, PpoBatch, PpoObjective, ValueHead, nothing_known
 from graftlm.quant.facts import device_of
-from graftlm.tasks.policy import PolicyTask
-from graftlm.tasks.rollout_writer import Passes
-from graftlm.tasks.rollouts import Rollouts
+from graftlm.tasks.policy.rollouts import Rollouts
+from graftlm.tasks.policy.task import PolicyTask
+from graftlm.tasks.policy.writer import Passes
 
 
 class PpoTask(PolicyTask[PpoBatch]):

@@ -17,9 +17,9 @@ from graftlm.evaluation.divergence import first_answer_divergences, is_base
 from graftlm.evaluation.runner import EvaluatedRow, Evaluation
 from graftlm.models.generate import Generated, Progress, StopFlag, decode
 from graftlm.objectives.policy_settings import SamplingSettings
-from graftlm.tasks.adapter_reward import on_model
-from graftlm.tasks.rewards import Reward, Written
-from graftlm.tasks.rollout_writer import totals_of, with_end, write
+from graftlm.tasks.policy.writer import totals_of, with_end, write
+from graftlm.tasks.rewards.adapter import on_model
+from graftlm.tasks.rewards.rewards import Reward, Written
 
 MOST = 256
 """Held-out prompts that are answered when nobody asked for exact match by name."""

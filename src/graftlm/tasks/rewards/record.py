@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graftlm.core.errors import CheckpointError
 from graftlm.core.files import json_text, write_atomic
-from graftlm.tasks.rewards import Reward
+from graftlm.tasks.rewards.rewards import Reward
 
 FILE = "rewards.json"
 

@@ -18,9 +18,9 @@ from graftlm.models.generate import Generated, Sampling, StopFlag, decode, evalu
 from graftlm.models.generate_groups import GroupWriter
 from graftlm.objectives.policy_settings import SamplingSettings
 from graftlm.quant.facts import device_of
-from graftlm.tasks.adapter_reward import on_model
-from graftlm.tasks.rewards import Reward, Score, Written
-from graftlm.tasks.rollouts import RolloutFiles, Rollouts
+from graftlm.tasks.policy.rollouts import RolloutFiles, Rollouts
+from graftlm.tasks.rewards.adapter import on_model
+from graftlm.tasks.rewards.rewards import Reward, Score, Written
 from graftlm.training.step import to_device
 
 TOKENS = 2**15

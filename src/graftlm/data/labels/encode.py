@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graftlm.data.batches import Batch
 from graftlm.data.encode import IGNORED
-from graftlm.data.label_values import Problem as Told
-from graftlm.data.labelled import Labelled, Tagged
+from graftlm.data.labels.records import Labelled, Tagged
+from graftlm.data.labels.values import Problem as Told
 from graftlm.data.records import Problem
 
 CHUNK = 1024

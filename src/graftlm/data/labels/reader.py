@@ -9,10 +9,10 @@ from typing import Any
 
 from graftlm.core.errors import DataError
 from graftlm.data.conversion import RowError, text_of
-from graftlm.data.label_columns import labelled_columns, tagged_columns
-from graftlm.data.label_values import Problem as Told
-from graftlm.data.label_values import in_order, mark_width, name_of, names_of, number_of, problem_of
-from graftlm.data.labelled import JOINED, Labelled, Tagged
+from graftlm.data.labels.columns import labelled_columns, tagged_columns
+from graftlm.data.labels.records import JOINED, Labelled, Tagged
+from graftlm.data.labels.values import Problem as Told
+from graftlm.data.labels.values import in_order, mark_width, name_of, names_of, number_of, problem_of
 from graftlm.data.records import Format, Problem
 
 Row = Mapping[str, Any]

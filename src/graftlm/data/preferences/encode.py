@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from graftlm.core.errors import DataError
 from graftlm.data.branches import Branched
-from graftlm.data.preferences import Marked, Preference
+from graftlm.data.preferences.records import Marked, Preference
 from graftlm.data.records import Example, Problem, Turn
 from graftlm.data.templates import Template, TemplateName, choose_template
 from graftlm.data.tokenizer import Tokenizer

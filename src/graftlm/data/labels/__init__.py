@@ -1,0 +1,1 @@
+"""Texts with labels, numbers or tags: columns, records, values, rows of tokens."""

@@ -1,0 +1,1 @@
+"""Judged answers: better and worse ones, or marked ones."""

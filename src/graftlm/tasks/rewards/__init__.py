@@ -1,0 +1,1 @@
+"""What says how good an answer is: built-in functions, a file of functions, an adapter."""
