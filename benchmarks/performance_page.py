@@ -9,7 +9,6 @@ every row the latest run counts. Rows that were not measured say so.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import growth
 import long_context
 from harness import results
 from harness.kept import KeptRow, latest_rows
+from harness.page import write_page
 from harness.parts import PARTS
 from harness.plot import FIGURES, draw_bars
 from harness.results import FOLDER
@@ -247,17 +247,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail if the page is out of date"
-    )
-    given = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    new = filled(text)
-    if given.check:
-        raise SystemExit("docs/results/performance.md is out of date" if new != text else 0)
-    PAGE.write_text(new, encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(PAGE.parents[2])}")
+    write_page(__doc__, PAGE, filled)
 
 
 if __name__ == "__main__":

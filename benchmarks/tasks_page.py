@@ -9,11 +9,11 @@ else on the page is written by hand. Results without a place on the page get one
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 from harness import results
+from harness.page import write_page
 from task_runs import results_file, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "tasks.md"
@@ -41,17 +41,7 @@ def _tables(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail if the page is out of date"
-    )
-    given = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    new = filled(text)
-    if given.check:
-        raise SystemExit("docs/results/tasks.md is out of date" if new != text else 0)
-    PAGE.write_text(new, encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(PAGE.parents[2])}")
+    write_page(__doc__, PAGE, filled)
 
 
 if __name__ == "__main__":
