@@ -20,6 +20,8 @@ RANKS = {
     "core": 0,
     "kernels": 1,
     "data": 1,
+    "diagnosis": 1,
+    "search": 1,
     "quant": 2,
     "methods": 3,
     "formats": 4,
@@ -29,6 +31,7 @@ RANKS = {
     "evaluation": 7,
     "integrations": 8,
     "tasks": 8,
+    "planning": 8,
     "verbs": 9,
     "api": 10,
     "cli": 11,
@@ -42,7 +45,7 @@ RANKS = {
 lies in `methods` because resolving targets needs it.
 """
 
-ONLY = {"data": {"core"}, "cli": {"api", "core"}}
+ONLY = {"data": {"core"}, "diagnosis": {"core"}, "search": {"core"}, "cli": {"api", "core"}}
 """Folders that may use less than everything below them (imports for annotations aside)."""
 
 FILE_LINES = 300

@@ -1,0 +1,1 @@
+"""The rules, in files by what they look at."""

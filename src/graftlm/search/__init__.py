@@ -1,0 +1,1 @@
+"""Search over settings: spaces, budgets, stopping, fronts. Runs are given as callables."""
