@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.models.encoder_decoder import is_encoder_decoder
+from graftlm.quant.facts import device_of
 
 MAX_MEAN_KL = 1e-3
 """Nats per token between a merged model and its adapter; rounding to 16 bits stays well below."""
@@ -58,7 +59,7 @@ def logits_on(model: nn.Module, probes: Sequence[Sequence[int]]) -> list[Tensor]
     An encoder-decoder reads the probe in both halves. A head that labels rows gives [1, labels]; where each
     of its labels holds or not, [labels, 2]; where it tells a number, [1, 1].
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     was_training = model.training
     model.eval()
     try:

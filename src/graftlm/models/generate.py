@@ -18,6 +18,7 @@ from torch import nn
 from graftlm.core.errors import ModelError
 from graftlm.methods.attach import adapters_of
 from graftlm.methods.virtual.stacks import first_position
+from graftlm.quant.facts import device_of
 
 Finish = Literal["end", "length", "context", "cancelled"]
 Progress = Callable[[int, int], None]
@@ -151,8 +152,7 @@ def input_device(model: nn.Module) -> torch.device:
     """The device on which token ids are expected."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     source = embeddings if isinstance(embeddings, nn.Module) else model
-    found = next(source.parameters(), None)
-    return found.device if found is not None else next(model.parameters()).device
+    return device_of(source if next(source.parameters(), None) is not None else model)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from graftlm.models.precision import AUTO, check_dtype, choose_device, choose_dt
 from graftlm.models.quantised_load import Progress, load_quantised
 from graftlm.models.stored_scheme import SIXTEEN_BIT, check_head, require_equal, stored_kind
 from graftlm.models.streaming.disk import load_from_disk, stream_from_disk
+from graftlm.models.streaming.embedding import check_embeddings, keep_embeddings_on_host
 from graftlm.models.streaming.host import stream_from_host
 from graftlm.models.streaming.streamed import DISK, HOST, RESIDENT, check_placement, placement_of
 from graftlm.models.tensor_files import read_headers
@@ -74,6 +75,7 @@ def load_model(
     head: str = SIXTEEN_BIT,
     device: str | torch.device = AUTO,
     placement: str = RESIDENT,
+    embeddings: str = RESIDENT,
     ending: Ending | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
@@ -90,6 +92,7 @@ def load_model(
         device: `"auto"` is the first GPU, else the CPU.
         placement: where layers lie while a pass does not need them: `"resident"`, all in memory; `"disk"`, in
             the checkpoint's files; `"host"`, in the machine's memory.
+        embeddings: `"host"` leaves the input embeddings in the machine's memory; a GPU gets rows of them.
         ending: what the base is to end in; None leaves it as it is stored.
         progress: called with (bytes read, bytes in all) while a quantised base is loaded.
 
@@ -97,7 +100,7 @@ def load_model(
         The `transformers` model in evaluation mode, and its tokenizer with a padding token.
 
     Raises:
-        ModelError: what was named cannot be loaded, or has no such ending.
+        ModelError: what was named cannot be loaded, has no such ending, or needs its embeddings on the GPU.
         ConfigError: an unknown dtype, quantization or placement.
     """
     scheme = None if quantization in (None, "none") else Scheme.parse(quantization, double_quant=double_quant)
@@ -105,6 +108,7 @@ def load_model(
     check_head(head)
     where = choose_device(device)
     check_placement(placement, where)
+    check_embeddings(embeddings, where)
     location = locate(name)
     with _quiet(location):
         kind = _kind_of(location, scheme, dtype, where, ending)
@@ -120,7 +124,11 @@ def load_model(
                 quantise_embeddings(model, head)
             notice(f"{location.name}: {footprint(model)}.")
     _finish(location, model, tokenizer)
-    return _placed(model, where, placement, location.name), tokenizer
+    model = _placed(model, where, placement, location.name)
+    if embeddings == HOST:
+        freed = keep_embeddings_on_host(model, where)
+        notice(f"The input embeddings of {location.name} ({freed / 1e9:.2f} GB) lie in the machine's memory.")
+    return model, tokenizer
 
 
 def _kind_of(

@@ -22,6 +22,7 @@ from graftlm.models.fusing.last_rows import only
 from graftlm.models.generate import evaluation_mode
 from graftlm.models.heads import head_modules
 from graftlm.objectives.sft import attention_of
+from graftlm.quant.facts import device_of
 
 LAST, OWN = "the head on the tokens that are read", "the model's own logits"
 
@@ -58,7 +59,7 @@ class RowLogits:
 
     def _is_same(self, model: Any) -> bool:
         """Two rows of a probe, the second of them padded, tell."""
-        ids = torch.arange(3, 13, device=next(model.parameters()).device).view(2, 5)
+        ids = torch.arange(3, 13, device=device_of(model)).view(2, 5)
         said = getattr(model.config.get_text_config(), "pad_token_id", None)
         pad = 0 if said is None else int(said)
         ids, mask, labels = (

@@ -30,6 +30,7 @@ from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.packed_head import packed_cross_entropy
 from graftlm.objectives.sft import rows_per_chunk
 from graftlm.quant.embedding import packed_head
+from graftlm.quant.facts import device_of
 
 Path = Literal["frozen head", "packed head", "head in chunks", "full logits"]
 
@@ -158,7 +159,7 @@ def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def _logits_are_head_of_input(model: Any) -> bool:
     """A probe of eight tokens tells whether anything but a bias follows the head."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.arange(8, device=device).remainder(_vocabulary(model.get_output_embeddings())).unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     was_training = model.training

@@ -25,6 +25,7 @@ from graftlm.models.fusing.last_rows import only
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.packed_head import packed_cross_entropy
 from graftlm.quant.embedding import packed_head
+from graftlm.quant.facts import device_of
 
 LOGITS_PER_CHUNK = 2**24
 """Elements of logits that exist at a time: 64 MiB in float32."""
@@ -163,7 +164,7 @@ def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return False
     vocabulary = vocabulary_of(head)
-    ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
+    ids = torch.arange(8, device=device_of(model)).remainder(vocabulary).unsqueeze(0)
     was_training = model.training
     model.eval()
     try:

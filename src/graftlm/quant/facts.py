@@ -45,8 +45,10 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the module's weights lie."""
-    return next(_tensors(module)).device
+    """Where the module computes: where its weights lie, unless these are elsewhere for the time being."""
+    inner, tensor = next(_tensors(module))
+    computes_on: torch.device | None = vars(inner).get("computes_on")
+    return tensor.device if computes_on is None else computes_on
 
 
 def counted(model: nn.Module) -> Iterator[tuple[bool, int]]:
@@ -72,6 +74,8 @@ def _dtypes(module: nn.Module) -> Iterator[torch.dtype]:
         yield from (p.dtype for p in inner.parameters(recurse=False) if p.dtype in DENSE_TYPES)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()  # of a packed layer without a bias
+def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Every tensor with the module that holds it."""
+    yield from ((inner, tensor) for inner in module.modules() for tensor in inner.parameters(recurse=False))
+    # Of a packed layer without a bias:
+    yield from ((inner, tensor) for inner in module.modules() for tensor in inner.buffers(recurse=False))

@@ -65,6 +65,9 @@ class ModelSection(Config):
     placement: Literal["resident", "disk", "host"] = "resident"
     """Where layers lie while a pass does not need them: in memory, in the checkpoint's files (`disk`, on a
     CPU) or in the machine's memory (`host`, for a GPU)."""
+    embeddings: Literal["resident", "host"] = "resident"
+    """Where the input embeddings lie: with the rest, or in the machine's memory (`host`, for a GPU, and a base
+    whose output head does not share them)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,7 @@ def load_base(section: ModelSection, name: str | None = None, *, ending: Ending 
             quantization=section.quantization,
             double_quant=section.double_quant,
             placement=section.placement,
+            embeddings=section.embeddings,
             ending=ending,
             progress=tick,
         )

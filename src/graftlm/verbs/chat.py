@@ -20,6 +20,7 @@ from graftlm.models.ending import TEXT
 from graftlm.models.generate import context_length, stop_token_ids
 from graftlm.models.heads import ending_of_adapter
 from graftlm.models.load import load_model
+from graftlm.quant.facts import device_of
 from graftlm.verbs.base import load_base, section_of, stored_recipe
 from graftlm.verbs.label_text import label_text, tells_labels
 from graftlm.verbs.references import ADAPTER, RECIPE, adapter_reference, refuse_registry_name
@@ -111,7 +112,7 @@ class ChatSession:
             if not text.endswith("\ufffd"):  # a character may take several tokens
                 yield text[len(shown) :]
                 shown = text
-            ids = torch.tensor([[token]], device=self.model.device)
+            ids = torch.tensor([[token]], device=device_of(self.model))
 
     def _encoded(self, asked: Example) -> list[int]:
         if not self.is_pair:
@@ -123,7 +124,7 @@ class ChatSession:
 
     def _begun(self, prompt: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
         """What is read first, and what stays given: an encoder-decoder has read its source already."""
-        ids = torch.tensor([prompt], device=self.model.device)
+        ids = torch.tensor([prompt], device=device_of(self.model))
         if not self.is_pair:
             return ids, {}
         mask = torch.ones_like(ids)
@@ -131,7 +132,7 @@ class ChatSession:
             read = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         forced = getattr(self.model.generation_config, "forced_bos_token_id", None)  # such as a language
         start = [start_token(self.model), *([] if forced is None else [forced])]
-        begun = torch.tensor([start], device=self.model.device)
+        begun = torch.tensor([start], device=device_of(self.model))
         return begun, {"encoder_outputs": read, "attention_mask": mask}
 
     def _adapter(self) -> Any:

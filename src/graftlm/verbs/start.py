@@ -14,7 +14,7 @@ from graftlm.methods.lora import LoraConfig
 from graftlm.methods.starts.eva import eva_start
 from graftlm.models.attach import attach_from_base
 from graftlm.objectives.sft import attention_of
-from graftlm.quant.facts import dtype_of
+from graftlm.quant.facts import device_of, dtype_of
 from graftlm.training.interfaces import BatchSource
 
 BATCHES = 16
@@ -37,5 +37,5 @@ def attach_started(
 def _arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What the model's forward takes, with labels."""
     ready = for_attention(batch, attention_of(model), dtype_of(model))
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {key: value.to(device) for key, value in {**ready.inputs, "labels": ready.labels}.items()}

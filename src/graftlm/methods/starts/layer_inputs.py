@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.methods.adapter_set import ATTRIBUTE, AdapterSet
+from graftlm.quant.facts import device_of
 
 Batch = Mapping[str, Tensor]
 """Arguments of the model's forward, with `labels` where they say which tokens are learned."""
@@ -62,7 +63,7 @@ def observe(
 
     Padding never counts; tokens whose label is `ignored_label` do not either, unless it is None.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     masks = [mask.to(device) for mask in _masks(model, batch, ignored_label)]
 
     def rows_of(consume: Consumer) -> Consumer:
@@ -75,7 +76,7 @@ def _run(model: nn.Module, consumers: Mapping[str, tuple[nn.Module, Consumer]], 
     def hook(consume: Consumer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: consume(args[0])
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     drops_labels = not _is_encoder_decoder(
         model
     )  # there labels only cost a loss; elsewhere they are the input

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from graftlm.core.errors import TargetError
 from graftlm.methods.place import Place
 from graftlm.methods.virtual.stacks import KeyValues
+from graftlm.quant.facts import device_of
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def real_states(stack: nn.Module, ids: Tensor, shape: KeyValues) -> Tensor:
     Raises:
         TargetError: the stack keeps no cache.
     """
-    device = next(stack.parameters()).device
+    device = device_of(stack)
     if device.type == "meta":  # only counted, not made
         return torch.empty(shape.layers, 2, shape.heads, len(ids), shape.head_dim)
     cache = DynamicCache()
