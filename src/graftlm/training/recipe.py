@@ -66,8 +66,8 @@ class ModelSection(Config):
     """Where layers lie while a pass does not need them: in memory, in the checkpoint's files (`disk`, on a
     CPU) or in the machine's memory (`host`, for a GPU)."""
     embeddings: Literal["resident", "host"] = "resident"
-    """Where the input embeddings lie: with the rest, or in the machine's memory (`host`, for a GPU; the output
-    head must not share them)."""
+    """Where the input embeddings lie: with the rest, or in the machine's memory (`host`, for a GPU: the head
+    must not share them)."""
 
     @model_validator(mode="before")
     @classmethod
