@@ -14,11 +14,13 @@ from graftlm.formats.layout import FOLDER
 from graftlm.kernels.attention import attention_is_native
 from graftlm.methods.attach import attach
 from graftlm.methods.lora import LoraConfig
+from graftlm.objectives.recorded import RecordedSft
 from graftlm.objectives.sft import SftObjective
 from graftlm.quant.convert import quantise
 from graftlm.quant.scheme import Scheme
 from graftlm.testing.models import tiny
 from graftlm.training.recipe import make_recipe
+from graftlm.verbs import record_choice
 from graftlm.verbs.acceleration import accelerated
 from graftlm.verbs.step_setup import StepSetup, step_setup
 
@@ -79,3 +81,22 @@ def test_fp8_products_are_checked_on_the_first_batch() -> None:
 def test_products_belong_to_a_base_in_fp8() -> None:
     with pytest.raises(ConfigError, match="products: fp8 multiplies a base that is stored in fp8"):
         make_recipe({"model": "base", "data": "rows.jsonl"}, ["model.products=fp8"])
+
+
+def test_steps_are_recorded_on_cuda_only() -> None:
+    with pytest.raises(ConfigError, match="not possible") as refused:
+        accelerated(*setting("train.recorded_steps=on", "method.lora_dropout=0.1"))
+    problems = " ".join(refused.value.problems)
+    assert "the device is cpu" in problems and "dropout" in problems, "all reasons at once"
+    setup, found = accelerated(*setting())
+    assert not found.recorded.records and "the device is cpu" in found.recorded.why
+    assert type(setup.objective) is SftObjective
+
+
+@pytest.mark.skipif(attention_is_native(torch.bfloat16, 8) is not None, reason="no native attention")
+def test_where_nothing_stands_against_it_the_recipe_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_choice, "device_of", lambda model: torch.device("cuda"))
+    assert accelerated(*setting())[1].recorded.why == "its gain was not measured on this device"
+    setup, found = accelerated(*setting("train.recorded_steps=on"))
+    assert found.recorded.records and isinstance(setup.objective, RecordedSft)
+    assert accelerated(*setting("train.recorded_steps=off"))[1].recorded.why == "the recipe says so"

@@ -45,8 +45,8 @@ def linear_cross_entropy(
     """Sum of the cross-entropies of `hidden @ weight^T + bias`, and its gradient for `hidden`.
 
     Shapes: hidden [T, K], weight [V, K], bias [V] or None, labels [T] -> scalar, [T, K] (empty unless
-    `need_grad`). The loss is float32 (float64 for float64). At most `chunk_rows` x V logits exist at a time,
-    and never more than `LOGITS`.
+    `need_grad`). The loss is float32 (float64 for float64). Rows with a negative label count nothing. At most
+    `chunk_rows` x V logits exist at a time, and never more than `LOGITS`.
     """
     return head_cross_entropy(hidden, dense_head(weight), bias, labels, chunk_rows * len(weight), need_grad)
 
@@ -67,10 +67,13 @@ def head_cross_entropy(
     grad = hidden.new_empty(hidden.shape if need_grad else 0)
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
-        passed = pass_over(hidden[rows], head, bias, labels[rows], min(logits, LOGITS), gather=need_grad)
-        loss += passed.losses().sum()
+        ignored, own = labels[rows] < 0, labels[rows].clamp_min(0)
+        passed = pass_over(hidden[rows], head, bias, own, min(logits, LOGITS), gather=need_grad)
+        loss += passed.losses().masked_fill(ignored, 0).sum()
         if passed.gathered is not None:
-            grad[rows] = passed.gradient(passed.gathered, head.rows(labels[rows]))
+            grad[rows] = passed.gradient(passed.gathered, head.rows(own))
+            if ignored.any():
+                grad[rows].masked_fill_(ignored.unsqueeze(1), 0)
     return loss, grad
 
 

@@ -25,7 +25,8 @@ def linear_cross_entropy(
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
         logits = torch.nn.functional.linear(hidden[rows], weight, bias)
-        loss += losses(logits, labels[rows], need_grad).sum()
+        ignored = labels[rows] < 0  # asked on the device, so that nobody waits
+        loss += losses(logits, labels[rows].clamp_min(0), need_grad).masked_fill(ignored, 0).sum()
         if need_grad:
-            torch.mm(logits, weight, out=grad[rows])
+            torch.mm(logits, weight, out=grad[rows]).masked_fill_(ignored.unsqueeze(1), 0)
     return loss, grad

@@ -77,8 +77,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over rows of the cross-entropy of a **frozen** linear head, without ever holding all logits.
 
-    Shapes: hidden [T, K], weight [V, K], labels [T] (no ignored rows: leave them out) -> scalar, float32.
-    The gradient flows to `hidden` only.
+    Shapes: hidden [T, K], weight [V, K], labels [T] -> scalar, float32. Rows with a negative label count
+    nothing, at the price of all others: leave them out where the number of rows may vary. The gradient flows
+    to `hidden` only.
 
     Raises:
         TrainingError: the head is trained; its gradient would be missing.

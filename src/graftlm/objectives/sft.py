@@ -6,7 +6,7 @@ once. The way there is chosen once per run and said: `path` and `why`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,15 @@ from graftlm.core.errors import ModelError
 from graftlm.data.batches import WIDTH_STEP, Batch, Batches
 from graftlm.data.encode import Encoded
 from graftlm.data.filled import filled
+from graftlm.data.fixed import Fixed
 from graftlm.data.forms import for_attention
+from graftlm.data.joined import joined
 from graftlm.kernels.ops import linear_cross_entropy
+from graftlm.methods.lanes import Lanes
 from graftlm.models.fusing.last_rows import only
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.packed_head import packed_cross_entropy
+from graftlm.objectives.together import spans_of
 from graftlm.quant.embedding import packed_head
 from graftlm.quant.facts import device_of
 
@@ -52,10 +56,17 @@ class SftObjective(Objective[Batch]):
         self.path, self.why = choose_path(model)
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossParts:
+        return self.computed(model, self.flattened(model, batch))
+
+    def flattened(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch in the form that the model's attention reads, in one of few lengths."""
         batch = for_attention(batch, attention_of(model), next(model.parameters()).dtype)
         # A matrix product of a new shape is prepared anew: lengths are multiples of `WIDTH_STEP`.
         whole_steps = -(-batch.labels.shape[1] // WIDTH_STEP) * WIDTH_STEP
-        batch = filled(batch, max(self.tokens, whole_steps))
+        return filled(batch, max(self.tokens, whole_steps))
+
+    def computed(self, model: nn.Module, batch: Batch) -> LossParts:
+        """The loss of a batch in that form."""
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
         rows = labels != -100
         if self.path == "full logits":
@@ -66,6 +77,41 @@ class SftObjective(Objective[Batch]):
             hidden = wanted_states(model, batch.inputs, rows)
             loss = self._head_loss(model, hidden, labels[rows].to(hidden.device, non_blocking=True))
         return LossParts(loss, batch.target_tokens)
+
+    def together(self, model: nn.Module, batches: Mapping[str, Batch], lanes: Lanes) -> dict[str, LossParts]:
+        """As `TogetherObjective`."""
+        whole = self.flattened(model, joined([*batches.values()]))
+        labels = F.pad(whole.labels[:, 1:], (0, 1), value=-100)
+        rows, device = labels != -100, whole.inputs["input_ids"].device
+        spans = spans_of(batches, whole, rows)
+        is_full, may_choose = self.path == "full logits", spans.is_clear(device)
+        with lanes.over(spans.by_tokens(may_choose=may_choose, device=device)):
+            if is_full:
+                found = take_rows(model(**whole.inputs, use_cache=False).logits, rows)
+            elif may_choose:
+                found = wanted_states(model, whole.inputs, rows)
+            else:
+                found = take_rows(hidden_states(model, whole.inputs), rows)
+        targets = labels[rows].to(found.device, non_blocking=True)
+        each = zip(batches.items(), found.split(spans.counts), targets.split(spans.counts), strict=True)
+        return {
+            name: LossParts(
+                _chunked(_sum_of_cross_entropies, part, target, part.shape[-1])
+                if is_full
+                else self._head_loss(model, part, target),
+                batch.target_tokens,
+            )
+            for (name, batch), part, target in each
+        }
+
+    def of_fixed(self, model: nn.Module, batch: Fixed) -> Tensor:
+        """The loss of a batch in a shape that repeats, by a frozen head: no tensor is read on the way."""
+        inputs: dict[str, Any] = {**batch.inputs, "max_length_q": batch.shape[0]}
+        ids = batch.inputs["input_ids"]
+        with only(torch.empty(ids.shape, dtype=torch.bool, device="meta"), batch.index) as wanted:
+            hidden = hidden_states(model, inputs)
+        rows = hidden[0] if wanted.taken else hidden[0].index_select(0, batch.index)
+        return self._head_loss(model, rows, batch.targets)
 
     def probe(self, length: int) -> Batch:
         """One row with a label on every token."""

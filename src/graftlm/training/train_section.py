@@ -57,6 +57,9 @@ class TrainSection(Config):
     `gradient_checkpointing` is understood too: true is `everything`, false `nothing`."""
     compile: Switch = "auto"
     """Layers through `torch.compile`; `auto`: if that is predicted to save more time than it costs."""
+    recorded_steps: Switch = "auto"
+    """Micro-batches recorded once for a shape and played again (CUDA graphs), for small models whose kernels
+    the host cannot start fast enough. `auto`: where that was measured to gain, which is nowhere yet."""
     save_steps: int = Field(100, gt=0)
     """Optimizer steps between checkpoints."""
     save_total_limit: int = Field(2, gt=0)
@@ -65,10 +68,12 @@ class TrainSection(Config):
     """Optimizer steps between measurements of the held-out loss."""
     early_stopping_patience: int | None = Field(None, gt=0)
     """Measurements without improvement after which the run stops and keeps its best step."""
+    on_failure: Literal["warn", "stop"] = "warn"
+    """What happens when a known failure shows while the run goes on: it is said, or the run stops."""
     seed: int = Field(42, ge=0)
     """Of the hold-out, the order of rows, initialisation and dropout."""
 
-    @field_validator("compile", mode="before")
+    @field_validator("compile", "recorded_steps", mode="before")
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:
         """YAML reads `on` and `off` as booleans."""

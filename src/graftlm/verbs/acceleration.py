@@ -9,18 +9,20 @@ from typing import Any
 from torch import nn
 
 from graftlm.core.errors import ConfigError
-from graftlm.models.fusing.attention import AttentionLayers
 from graftlm.models.fusing.base import FasterPart
 from graftlm.models.fusing.fp8 import fp8_products
 from graftlm.models.fusing.fused import Fusable, fused
 from graftlm.models.fusing.last_rows import LastLayer
 from graftlm.models.regional_compile import Failure, compiled_layers
+from graftlm.objectives.recorded import CudaRecorder, RecordedSft
+from graftlm.objectives.sft import SftObjective
 from graftlm.quant.facts import device_of, dtype_of
 from graftlm.tasks.base import TaskBatches
 from graftlm.training.compile_choice import CompileChoice, choose_compile, measured_gain
 from graftlm.training.recipe import Recipe
 from graftlm.training.timeline import Timeline
 from graftlm.verbs.fp8_check import Fp8Check, check_fp8
+from graftlm.verbs.record_choice import RecordChoice, record_choice, takes_documents_together
 from graftlm.verbs.step_setup import StepSetup
 
 
@@ -29,6 +31,7 @@ class Acceleration:
     """What was decided, and measured; in `plan.json`."""
 
     compile: CompileChoice
+    recorded: RecordChoice
     fp8_products: Fp8Check | None
 
 
@@ -61,7 +64,12 @@ def accelerated(
         parts.append(compiled_layers(setup.model, _replaced(setup), on_failure=on_failure))
         setup.objective.tokens = batches.most_tokens
     found = Fusable((*setup.fusable.parts, *parts))
-    return replace(setup, fusable=found), Acceleration(choice, check)
+    recorded = record_choice(setup, recipe, compiles=choice.compiles)
+    objective = setup.objective
+    if recorded.records and isinstance(objective, SftObjective):
+        trained = list(parameters.values())
+        objective = RecordedSft(objective, setup.model, trained, batches.most_tokens, CudaRecorder())
+    return replace(setup, fusable=found, objective=objective), Acceleration(choice, recorded, check)
 
 
 def _compile_choice(setup: StepSetup, recipe: Recipe, batches: TaskBatches[Any], total: int) -> CompileChoice:
@@ -85,8 +93,7 @@ def _obstacle(setup: StepSetup, recipe: Recipe) -> str:
         return f"the layers come from {recipe.model.placement} one by one"
     if not recipe.data.packing:
         return "rows that are not packed have many lengths"
-    documents = [part for part in setup.fusable.parts if isinstance(part, AttentionLayers)]
-    if not documents or documents[0].why or "document by document" in documents[0].way:
+    if not takes_documents_together(setup):
         return "its attention does not take documents in one row together"
     return "" if compiled_layers(setup.model, _replaced(setup)).layers else "it has no numbered layers"
 

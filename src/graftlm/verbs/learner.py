@@ -69,10 +69,12 @@ class Learner:
     def lines(self) -> list[str]:
         """What is said before the first step."""
         plan = self.plan
+        recorded = ["micro-batches recorded and played again"] if plan.acceleration.recorded.records else []
         return [
             plan.summary,
             f"recomputed in backward: {plan.recompute} ({plan.recompute_why})",
             f"layers {plan.acceleration.compile.text}",
+            *recorded,
         ]
 
     def begin(self, run: Path, stop: StopFlag) -> None:
@@ -134,7 +136,7 @@ def attach_learner(
         setup.recompute,
         setup.fusable,
         acceleration,
-        task.why,
+        task,
     )
     return Learner(task, model, adapters, batches, setup, plan)
 

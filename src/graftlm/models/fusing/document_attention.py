@@ -28,7 +28,7 @@ from graftlm.kernels.attention import attention, attention_is_native
 
 Way = Literal["native kernel", "torch varlen", "document by document"]
 
-STARTS = "cu_seq_lens_q"
+STARTS, LONGEST = "cu_seq_lens_q", "max_length_q"
 SEEN = "graft_calls"
 """The argument with the list that gets a `Call` for each attention layer; for a probe."""
 OTHER_SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "alibi", "cache")
@@ -86,6 +86,7 @@ def _attention(
     starts: Tensor | None = others.pop(STARTS, None)
     on_device: Tensor | None = others.pop("cu_seq_lens_k", None)
     parents: Tensor | None = others.pop(PARENTS, None)
+    longest: int | None = others.pop(LONGEST, None)
     seen: list[Call] | None = others.pop(SEEN, None)
     if starts is None and attention_mask is None and _is_whole(module, query, key, value, dropout, others):
         starts = torch.arange(0, query.shape[0] * query.shape[2] + 1, query.shape[2])
@@ -98,7 +99,7 @@ def _attention(
     _require_plain(module, attention_mask, others)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    documents = _Documents(starts, on_device, parents, scale, sliding_window, dropout)
+    documents = _Documents(starts, on_device, parents, scale, sliding_window, dropout, longest)
     out, way = documents.attended(q, k, v)
     if seen is not None:
         seen.append(Call(module, sliding_window, way))
@@ -147,12 +148,16 @@ class _Documents:
     scale: float
     window: int | None
     dropout: float
+    longest: int | None = None
+    """No document has more tokens, where batches have one shape and no virtual queries; otherwise the starts
+    are read."""
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Way]:
         """Shapes: q [V + T, Hq, D], k and v [P + T, Hkv, D]; the last V of P virtual tokens ask as well."""
-        # Compiled layers are called without virtual queries only (`compiled`); a number read from a tensor
-        # would cut their code in two.
-        tokens = len(q) if torch.compiler.is_compiling() else int(self.starts[-1])
+        # Compiled and recorded layers are called without virtual queries only; a number read from a tensor
+        # would cut their code in two, or stay what it was when they were recorded.
+        is_whole = torch.compiler.is_compiling() or self.longest is not None
+        tokens = len(q) if is_whole else int(self.starts[-1])
         virtual, shared = len(q) - tokens, len(k) - tokens
         if virtual == 0:
             return self._attend(q, k, v)
@@ -179,6 +184,8 @@ class _Documents:
     def _longest(self, q: Tensor) -> int:
         """Tokens that the last one of a document sees, at most; an upper bound in compiled code, which reads
         no tensor."""
+        if self.longest is not None:
+            return self.longest
         return len(q) if torch.compiler.is_compiling() else max(map(sum, zip(*self._lengths(), strict=True)))
 
     def _lengths(self) -> tuple[list[int], list[int]]:

@@ -33,6 +33,8 @@ class Wanted:
 
     rows: Tensor
     """Boolean [B, T]."""
+    index: Tensor | None = None
+    """Their numbers, where somebody has them on the model's device already: the same number at every call."""
     taken: bool = False
     """The model gave these rows alone: hidden states are [1, number of rows, H]."""
 
@@ -41,9 +43,9 @@ _wanted: ContextVar[Wanted | None] = ContextVar("wanted rows", default=None)
 
 
 @contextmanager
-def only(rows: Tensor) -> Iterator[Wanted]:
+def only(rows: Tensor, index: Tensor | None = None) -> Iterator[Wanted]:
     """Inside, the last hidden states of `rows` [B, T] are enough; `taken` tells whether the model obeyed."""
-    wanted = Wanted(rows)
+    wanted = Wanted(rows, index)
     token = _wanted.set(wanted)
     try:
         yield wanted
@@ -129,6 +131,8 @@ def _around(end: Callable[..., Tensor], plain: Callable[..., Any]) -> Callable[.
         if wanted is None or args or wanted.rows.shape != hidden_states.shape[:2]:
             return plain(hidden_states, *args, **kwargs)
         wanted.taken = True
+        if wanted.index is not None:
+            return end(hidden_states, wanted.index, **kwargs)
         index = wanted.rows.flatten().nonzero().flatten()  # on the host, as labels are: no waiting
         count = len(index)
         index = torch.cat([index, index[:1].expand(missing_rows(count, hidden_states.device))])
