@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.case import Case
 from harness.gpu import main
 from harness.row import Row
-from harness.sides.registry import CUDA_PEERS
+from harness.sides.registry import CUDA_PEERS, GRAFT_RECORDED
 
 ROWS = (
     Row(
@@ -31,6 +31,7 @@ ROWS = (
             on_device=True,
         ),
         CUDA_PEERS,
+        (GRAFT_RECORDED,),
     ),
 )
 

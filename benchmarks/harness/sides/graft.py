@@ -40,7 +40,7 @@ def train(case: Case, ways: frozenset[str], folder: Path, recorder: Recorder) ->
     model.train()
     recorder.run.note = (
         f"{setup.fusable.summary or 'nothing fused'}; recompute: {setup.recompute.policy}; "
-        f"layers {acceleration.compile.text}"
+        f"layers {acceleration.compile.text}{', recorded' if acceleration.recorded.records else ''}"
     )
     windows = [micro_batches(batches_of(case, examples)) for examples in steps]
     with setup.in_use():
@@ -78,6 +78,8 @@ def recipe_of(case: Case, ways: frozenset[str]) -> Any:
             "max_steps": case.steps,
             "recompute": case.recompute,
             "compile": "on" if "compiled" in ways else "auto",
+            # On another device a recording is refused, so that the tiny model of --smoke goes without.
+            "recorded_steps": "on" if "recorded" in ways and case.device == "cuda" else "auto",
         },
     })  # fmt: skip
 

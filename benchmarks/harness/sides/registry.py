@@ -18,6 +18,8 @@ GRAFT = "Graft"
 GRAFT_EAGER = "Graft, nothing fused"
 GRAFT_COMPILED = "Graft, compiled"
 """Ours with compiled layers, which `graft tune` takes by itself for long runs only."""
+GRAFT_RECORDED = "Graft, recorded"
+"""Ours with micro-batches recorded as CUDA graphs."""
 GRAFT_LORA = "Graft, LoRA"
 """Ours with LoRA where the row is about another method: what the method costs beside it."""
 GRAFT_DENSE = "Graft, 16-bit base"
@@ -63,6 +65,7 @@ SIDES: dict[str, Side] = {
     GRAFT: Side("graft"),
     GRAFT_EAGER: Side("graft", ("eager",)),
     GRAFT_COMPILED: Side("graft", ("compiled",)),
+    GRAFT_RECORDED: Side("graft", ("recorded",)),
     GRAFT_LORA: Side("graft", ("lora",)),
     GRAFT_DENSE: Side("graft", ("base none",)),
     **{name: Side("graft", ways) for name, ways in GRAFT_KINDS.items()},
