@@ -44,10 +44,7 @@ def test_values_are_the_same(is_packed: bool) -> None:
     if is_packed:
         quantise_embeddings(model)
     expected = logits(model)
-    table = model.get_input_embeddings()
-    assert keep_embeddings_on_host(model, CPU) == sum(
-        tensor.nbytes for tensor in (*table.parameters(), *table.buffers())
-    )
+    keep_embeddings_on_host(model, CPU)
     assert torch.equal(logits(model), expected)
 
 

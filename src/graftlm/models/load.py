@@ -38,9 +38,9 @@ from graftlm.models.precision import AUTO, check_dtype, choose_device, choose_dt
 from graftlm.models.quantised_load import Progress, load_quantised
 from graftlm.models.stored_scheme import SIXTEEN_BIT, check_head, require_equal, stored_kind
 from graftlm.models.streaming.disk import load_from_disk, stream_from_disk
-from graftlm.models.streaming.embedding import check_embeddings, keep_embeddings_on_host
-from graftlm.models.streaming.host import stream_from_host
-from graftlm.models.streaming.streamed import DISK, HOST, RESIDENT, check_placement, placement_of
+from graftlm.models.streaming.embedding import check_embeddings
+from graftlm.models.streaming.place import placed
+from graftlm.models.streaming.streamed import DISK, HOST, RESIDENT, check_placement
 from graftlm.models.tensor_files import read_headers
 from graftlm.models.weight_files import weight_files
 from graftlm.quant.convert import quantised_layers
@@ -84,9 +84,9 @@ def load_model(
     Args:
         name: a local folder, a hub id, or `"sprout"`, the embedded base.
         dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"`, `"float16"`.
-        quantization: `"nf4"`, `"fp4"`, `"int8"` or `"fp8"`: linear layers are quantised while they are
-            read, so that memory peaks at the quantised model. None or `"none"`: weights stay as they are
-            stored; a base stored quantised (by bitsandbytes or `save_base`) stays so, too.
+        quantization: `"nf4"`, `"fp4"`, `"int8"` or `"fp8"`: linear layers are quantised while they are read,
+            so that memory peaks at the quantised model. None or `"none"`: weights stay as they are stored, also
+            quantised ones (by bitsandbytes or `save_base`).
         double_quant: whether the scales of a 4-bit kind are quantised as well.
         head: `"int8"` or `"fp8"` also store the embeddings and the output head of a quantised base in 8 bits.
         device: `"auto"` is the first GPU, else the CPU.
@@ -119,16 +119,12 @@ def load_model(
             model = _load_packed(location, kind, "cpu" if placement == HOST else where, progress)
         else:
             model = _load_dense(location, kind)
-        if kind.is_packed:
-            if head != SIXTEEN_BIT:
-                quantise_embeddings(model, head)
-            notice(f"{location.name}: {footprint(model)}.")
+        if kind.is_packed and head != SIXTEEN_BIT:
+            quantise_embeddings(model, head)
+    if kind.is_packed:
+        notice(f"{location.name}: {footprint(model)}.")
     _finish(location, model, tokenizer)
-    model = _placed(model, where, placement, location.name)
-    if embeddings == HOST:
-        freed = keep_embeddings_on_host(model, where)
-        notice(f"The input embeddings of {location.name} ({freed / 1e9:.2f} GB) lie in the machine's memory.")
-    return model, tokenizer
+    return placed(model, where, placement, embeddings, location.name), tokenizer
 
 
 def _kind_of(
@@ -158,17 +154,6 @@ def _finish(location: Location, model: Any, tokenizer: Any) -> None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = location.name  # what adapters will say they belong to: never a path of ours
     check_vocabulary(location, model, tokenizer)
-
-
-def _placed(model: Any, device: torch.device, placement: str, name: str) -> Any:
-    """The model on its device, its layers where they are to lie."""
-    if placement == HOST:
-        stream_from_host(model, device, name)
-    else:
-        model = model.to(device)
-    if placement != RESIDENT:
-        notice(f"{placement_of(model)[1]}.")
-    return model
 
 
 def load_tokenizer(name: str | Path) -> Any:

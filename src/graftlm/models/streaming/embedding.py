@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftlm.core.config import suggest
 from graftlm.core.errors import ConfigError, ModelError
+from graftlm.core.notices import notice
 from graftlm.models.streaming.streamed import HOST, RESIDENT
 
 EMBEDDINGS = (RESIDENT, HOST)
@@ -37,11 +38,8 @@ def check_embeddings(embeddings: str, device: torch.device) -> None:
         )
 
 
-def keep_embeddings_on_host(model: Any, device: torch.device) -> int:
+def keep_embeddings_on_host(model: Any, device: torch.device) -> None:
     """Put the input embeddings of a model that computes on `device` back into the machine's memory.
-
-    Returns:
-        The bytes that this leaves free on the device.
 
     Raises:
         ModelError: the output head computes with the same table, so that it has to be on the device.
@@ -60,7 +58,8 @@ def keep_embeddings_on_host(model: Any, device: torch.device) -> int:
     vars(table)["computes_on"] = device  # where its rows arrive, and where adapters of it have to be
     table.register_forward_pre_hook(_to_host)
     table.register_forward_hook(_to_device)
-    return sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
+    freed = sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
+    notice(f"The input embeddings ({freed / 1e9:.2f} GB) lie in the machine's memory.")
 
 
 def _to_host(table: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
