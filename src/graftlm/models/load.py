@@ -85,8 +85,8 @@ def load_model(
         name: a local folder, a hub id, or `"sprout"`, the embedded base.
         dtype: `"auto"` (see `choose_dtype`), `"float32"`, `"bfloat16"`, `"float16"`.
         quantization: `"nf4"`, `"fp4"`, `"int8"` or `"fp8"`: linear layers are quantised while they are read,
-            so that memory peaks at the quantised model. None or `"none"`: weights stay as they are stored, also
-            quantised ones (by bitsandbytes or `save_base`).
+            so that memory peaks at the quantised model. None or `"none"`: weights stay as they are stored,
+            quantised ones too (by bitsandbytes or `save_base`).
         double_quant: whether the scales of a 4-bit kind are quantised as well.
         head: `"int8"` or `"fp8"` also store the embeddings and the output head of a quantised base in 8 bits.
         device: `"auto"` is the first GPU, else the CPU.
