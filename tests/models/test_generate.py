@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -244,3 +245,32 @@ def test_end_tokens_of_chat_templates_are_found() -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = [1, 6]
     assert stop_token_ids(model, Chat()) == (1, 6, 33)
+
+
+def test_a_frozen_head_copies_no_weight_for_each_row() -> None:
+    """A slice of three dimensions would be multiplied by a batched product, with a weight for every row."""
+    model = tiny("llama").requires_grad_(False)
+    head, states = model.get_output_embeddings(), torch.randn(4, 9, model.config.hidden_size)
+    slices = (states[:, -1:], states[:1, -1:], states.flatten(0, 1)[None, :20], states, states[0])
+    plain = [head(each) for each in slices]
+    with Named() as ops, evaluation_mode(model):
+        found = [head(each) for each in slices]
+    assert "aten.bmm.default" not in ops.names
+    for one, other in zip(plain, found, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other)
+    with Named() as ops, torch.no_grad():
+        head(states[:, -1:])
+    assert "aten.bmm.default" in ops.names, "outside all is as before: if torch mended it, the hook can go"
+
+
+class Named(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))

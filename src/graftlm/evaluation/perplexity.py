@@ -214,7 +214,7 @@ def _sums(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> 
     step, start = 1, 0  # one token first: its logits tell the size of the vocabulary
     while start < len(kept):
         part = slice(start, start + step)
-        logits = head(kept[None, part])[0]
+        logits = head(kept[part].unsqueeze(0))[0]
         losses = F.cross_entropy(logits.float(), wanted[part].to(logits.device), reduction="none")
         sums.index_add_(0, owner[part].cpu(), losses.double().cpu())
         start += step

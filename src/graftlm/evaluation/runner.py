@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from graftlm.core.allocation import return_freed
 from graftlm.core.errors import DataError
 from graftlm.evaluation.metrics import Share, exact_match, perplexity, share_of
 from graftlm.evaluation.perplexity import row_losses
@@ -139,6 +140,7 @@ def evaluate(
         progress=_offset(progress, 0, total),
         should_stop=should_stop,
     )
+    return_freed()  # the blocks of an answer have other sizes
     given: tuple[Answer, ...] = ()
     complete = losses.complete
     if asked and complete:

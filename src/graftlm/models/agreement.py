@@ -98,21 +98,46 @@ def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement
     >>> agreement(same, same).mean_kl
     0.0
     """
-    ours, theirs = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
-    difference = float((ours - theirs).abs().max())
-    tokens = ours.shape[0]
-    if ours.shape[-1] == 1:
-        ours, theirs = _as_choices(ours, ours), _as_choices(theirs, ours)
-    p, q = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
-    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    if reference[0].shape[-1] == 1:
+        ours, theirs = torch.cat(list(reference)).double(), torch.cat(list(other)).double()
+        compared = [_Compared.of(_as_choices(ours, ours), _as_choices(theirs, ours))]
+        difference = float((ours - theirs).abs().max())
+    else:  # probe by probe: those of a large vocabulary in 64 bits would take more memory than the model
+        pairs = list(zip(reference, other, strict=True))
+        compared = [_Compared.of(one.double(), two.double()) for one, two in pairs]
+        difference = max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
+        if any(math.isnan(one.kl) for one in compared):
+            difference = math.nan
+    kl = sum(one.kl for one in compared) / sum(one.positions for one in compared)
+    decided = sum(one.decided for one in compared)
     return Agreement(
         probes=len(reference),
-        tokens=tokens,
+        tokens=sum(len(one) for one in reference),
         # NaN compares as false with everything: it must count as far apart, not as equal.
         mean_kl=math.inf if math.isnan(kl) else max(0.0, kl),
-        top1=_same_choice(p, q),
+        top1=sum(one.same for one in compared) / decided if decided else 1.0,
         largest_logit_difference=math.inf if math.isnan(difference) else difference,
     )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Sums over the positions of some probes."""
+
+    positions: int
+    kl: float
+    decided: int
+    same: int
+
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor) -> _Compared:
+        """Shapes: [positions, choices], both in float64."""
+        p, q = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
+        best = p.topk(2, dim=-1).values
+        decided = best[:, 0] - best[:, 1] >= DECIDED
+        same = (p.argmax(-1) == q.argmax(-1)) & decided
+        kl = float((p.exp() * (p - q)).sum())
+        return cls(len(ours), kl, int(decided.sum()), int(same.sum()))
 
 
 def _as_choices(numbers: Tensor, like: Tensor) -> Tensor:
@@ -122,11 +147,3 @@ def _as_choices(numbers: Tensor, like: Tensor) -> Tensor:
     values = torch.cat((numbers.flatten(), like.mean().reshape(1))) / torch.where(spread > 0, spread, 1.0)
     first, second = torch.triu_indices(len(values), len(values), offset=1)
     return torch.stack((values[first], values[second]), dim=1)
-
-
-def _same_choice(p: Tensor, q: Tensor) -> float:
-    """Share of the same best token among positions where `p` has decided (log-probabilities)."""
-    best = p.topk(2, dim=-1).values
-    decided = best[:, 0] - best[:, 1] >= DECIDED
-    same = (p.argmax(-1) == q.argmax(-1))[decided]
-    return float(same.double().mean()) if same.numel() else 1.0

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from graftlm.core.allocation import return_freed
 from graftlm.core.errors import ModelError
 from graftlm.methods.attach import adapters_of
 from graftlm.methods.virtual.stacks import first_position
@@ -112,6 +113,7 @@ def generate_ids(
                 room = _room(len(prompts[index]), max_new_tokens, limit)
                 results[index] = cut(tokens, ends, room, max_new_tokens)
             done += len(batch)
+            return_freed()  # a cache that grew token by token leaves holes that the next one does not fit
             if progress is not None:
                 progress(done, len(prompts))
     return results
@@ -157,15 +159,30 @@ def input_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; every module's own training flag comes back afterwards."""
+    """No gradients, no dropout; every module's own training flag comes back afterwards.
+
+    Inside, the output head reads its rows one after another. Torch multiplies a frozen weight with a slice
+    of three dimensions, such as the last token of each row, by copying the weight once for every row.
+    """
     training = [module for module in model.modules() if module.training]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    hook = head.register_forward_pre_hook(_one_after_another) if isinstance(head, nn.Module) else None
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        if hook is not None:
+            hook.remove()
         for module in training:
             module.training = True
+
+
+def _one_after_another(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not inputs or not isinstance(inputs[0], torch.Tensor) or inputs[0].dim() < 3:
+        return None
+    states, *rest = inputs
+    return (states.flatten(0, -2).contiguous().view(states.shape), *rest)
 
 
 @contextmanager

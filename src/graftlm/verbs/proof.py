@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from graftlm.quant.convert import is_quantised
 
 RELOADED = "reloaded-to-compare"
 BASE, DEQUANTISED = "the base", "the dequantised base"
+MOST_LOGITS = 2**25
+"""Values that the logits of all probes come to, at most: 128 MiB in float32."""
 PROBES_MERGED_IN_PASSING = 4
 """Every layer is decoded and merged anew for each probe of a quantised base."""
 
@@ -58,10 +61,11 @@ def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[
 
     A quantised base is merged as `graft merge` does it, into its dequantised weights, one layer at a time.
     """
+    probes = within(probes, vocabulary_of_model(model))
     trained = logits_on(model, probes)
     adapters.load(saved, RELOADED)
     with adapters.activated(RELOADED):
-        reloaded = logits_on(model, probes)
+        is_reload_exact = _equal(trained, logits_on(model, probes))
     adapters.delete(RELOADED)
     with adapters.disabled():
         base = logits_on(model, probes)
@@ -69,11 +73,27 @@ def prove(model: nn.Module, adapters: AdapterSet, saved: Path, probes: Sequence[
     try:
         merged = _merged(model, adapters, probes, into)
     except MergeError as refused:
-        return Proof(_equal(trained, reloaded), None, True, f"{refused.seen} {refused.meaning}".strip())
+        return Proof(is_reload_exact, None, True, f"{refused.seen} {refused.meaning}".strip())
+    found = agreement(trained[: len(merged)], merged)
+    del trained, merged  # logits of a large vocabulary take more than an adapter
     with adapters.disabled():
         unmerged = logits_on(model, probes)
-    found = agreement(trained[: len(merged)], merged)
-    return Proof(_equal(trained, reloaded), found, _equal(base, unmerged), merged_into=into)
+    return Proof(is_reload_exact, found, _equal(base, unmerged), merged_into=into)
+
+
+def within(probes: Sequence[Sequence[int]], vocabulary: int) -> list[Sequence[int]]:
+    """The probes, cut so that the logits of all of them are no more than `MOST_LOGITS`.
+
+    >>> within([[1, 2, 3], [4]], MOST_LOGITS // 4)
+    [[1, 2], [4]]
+    """
+    longest = max(2, MOST_LOGITS // max(1, vocabulary) // max(1, len(probes)))
+    return [probe[:longest] for probe in probes]
+
+
+def vocabulary_of_model(model: Any) -> int:
+    """How many logits it gives for a token or a row, at most."""
+    return int(getattr(model.config.get_text_config(), "vocab_size", 1))
 
 
 def _merged(
