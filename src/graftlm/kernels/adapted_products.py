@@ -92,14 +92,27 @@ def output(rows: Tensor, s: Tensor, term: Term, part: Parts) -> Tensor:
     """What one layer gives, in memory of its own. Shapes: rows [T, K], s [T, r] -> [T, N]."""
     if part.given is not None:
         y: Tensor = part.given.reshape(len(rows), -1).clone(memory_format=torch.contiguous_format)
-    elif term.packing is None:
-        y = F.linear(rows, part.stored[0], part.bias)
     else:
-        y = torch.ops.graft.quantised_linear(rows, part.stored, *term.packing, part.bias)
+        y = base_output(rows, term.packing, part.bias, part.stored)
+    add_change(y, s, term, part)
+    return y
+
+
+def base_output(
+    rows: Tensor, packing: Packing | None, bias: Tensor | None, stored: Sequence[Tensor]
+) -> Tensor:
+    """`x W^T + bias` of a frozen layer. Shapes: rows [T, K] -> [T, N]."""
+    if packing is None:
+        return F.linear(rows, stored[0], bias)
+    y: Tensor = torch.ops.graft.quantised_linear(rows, stored, *packing, bias)
+    return y
+
+
+def add_change(y: Tensor, s: Tensor, term: Term, part: Parts) -> None:
+    """What is added to `x W^T + bias`, or multiplied with it, where it lies. Shapes: y [T, N], s [T, r]."""
     add_low_rank(y, s, part.b, term.factor, part.gain, part.bias)
     if part.shift is not None:
         y += part.shift.to(y.dtype)
-    return y
 
 
 class Used(NamedTuple):
@@ -156,53 +169,69 @@ def gradients(
     """
     terms, parts = [layer.term for layer in layers], [layer.part for layer in layers]
     ds, dx, found = torch.zeros_like(thin), None, []
-    for layer, s, own in zip(layers, _split(thin, parts, dim=1), _split(ds, parts, dim=1), strict=True):
-        term, part = layer.term, layer.part
-        if layer.grad is None:
-            found.append(layer.no_gradients)
-            continue
-        grad, gain, line = layer.through_output(layer.grad, s)
-        b = part.b if gain is None else with_gain_on_rows(part.b, gain)
-        torch.addmm(own, grad, b, beta=0, alpha=term.factor, out=own)
-        if need_x and part.stored:
-            dx = _through_weight(dx, grad, gain, term, part)
+    for layer, s, own in zip(layers, by_rank(thin, parts, dim=1), by_rank(ds, parts, dim=1), strict=True):
+        grad, gain, line = into_thin(layer, s, own)
         found.append(line)
+        if need_x and grad is not None and layer.part.stored:
+            dx = through_weight(dx, grad, gain, layer.term.packing, layer.part.stored)
     if need_x:
         dx = torch.zeros_like(rows) if dx is None else dx
-        _through_changes(dx, ds, terms, parts)
-    of_a = _of_a(rows, ds, terms, parts)
-    return dx, [
+        through_changes(dx, ds, terms, parts)
+    return dx, with_gradients_of_a(rows, ds, layers, found)
+
+
+def into_thin(layer: Used, s: Tensor, ds: Tensor) -> tuple[Tensor | None, Tensor | None, Parts]:
+    """`Used.through_output`, or nothing where the output was not used; the gradient of s goes into `ds`.
+
+    Shapes: s, ds [T, r].
+    """
+    if layer.grad is None:
+        return None, None, layer.no_gradients
+    grad, gain, found = layer.through_output(layer.grad, s)
+    b = layer.part.b if gain is None else with_gain_on_rows(layer.part.b, gain)
+    torch.addmm(ds, grad, b, beta=0, alpha=layer.term.factor, out=ds)
+    return grad, gain, found
+
+
+def with_gradients_of_a(
+    rows: Tensor, ds: Tensor, layers: Sequence[Used], found: Sequence[Parts]
+) -> list[Parts]:
+    """The gradients `found` so far, with those of each A. Shapes: rows [T, K], ds [T, R]."""
+    of_a = _of_a(rows, ds, [layer.term for layer in layers], [layer.part for layer in layers])
+    return [
         line._replace(a=da.to(layer.term.dtype)) if layer.need.a and layer.grad is not None else line
         for layer, line, da in zip(layers, found, of_a, strict=True)
     ]
 
 
-def _through_weight(dx: Tensor | None, grad: Tensor, gain: Tensor | None, term: Term, part: Parts) -> Tensor:
+def through_weight(
+    dx: Tensor | None, grad: Tensor, gain: Tensor | None, packing: Packing | None, stored: Sequence[Tensor]
+) -> Tensor:
     """`grad W`, with a gain on the rows of W if there is one, added to `dx` where there is one."""
-    if term.packing is None:
-        weight = part.stored[0] if gain is None else with_gain_on_rows(part.stored[0], gain)
+    if packing is None:
+        weight = stored[0] if gain is None else with_gain_on_rows(stored[0], gain)
         return grad @ weight if dx is None else dx.addmm_(grad, weight)
     if dx is None:
-        new: Tensor = torch.ops.graft.quantised_linear_backward(grad, part.stored, *term.packing)
+        new: Tensor = torch.ops.graft.quantised_linear_backward(grad, stored, *packing)
         return new
-    torch.ops.graft.quantised_linear_accumulate(dx, grad, part.stored, *term.packing)
+    torch.ops.graft.quantised_linear_accumulate(dx, grad, stored, *packing)
     return dx
 
 
-def _through_changes(dx: Tensor, ds: Tensor, terms: Sequence[Term], parts: Sequence[Parts]) -> None:
+def through_changes(dx: Tensor, ds: Tensor, terms: Sequence[Term], parts: Sequence[Parts]) -> None:
     """`dx += drop(dS A)` of every layer. Shapes: dx [T, K], ds [T, R]."""
     if not any(term.dropout for term in terms):
         dx.addmm_(ds, _stacked(parts))
         return
-    for term, part, own in zip(terms, parts, _split(ds, parts, dim=1), strict=True):
+    for term, part, own in zip(terms, parts, by_rank(ds, parts, dim=1), strict=True):
         add_dropped(dx, own @ part.a, term.dropout, part.seed)
 
 
 def _of_a(rows: Tensor, ds: Tensor, terms: Sequence[Term], parts: Sequence[Parts]) -> Sequence[Tensor]:
     """`dS^T drop(x)` of every layer."""
     if not any(term.dropout for term in terms):
-        return _split(thin_gradient(ds, rows, 1.0), parts, dim=0)
-    each = zip(terms, parts, _split(ds, parts, dim=1), strict=True)
+        return by_rank(thin_gradient(ds, rows, 1.0), parts, dim=0)
+    each = zip(terms, parts, by_rank(ds, parts, dim=1), strict=True)
     return [thin_gradient(own, dropped(rows, term.dropout, part.seed), 1.0) for term, part, own in each]
 
 
@@ -211,5 +240,6 @@ def _stacked(parts: Sequence[Parts]) -> Tensor:
     return first if len(parts) == 1 else torch.cat([part.a for part in parts])
 
 
-def _split(tensor: Tensor, parts: Sequence[Parts], *, dim: int) -> Sequence[Tensor]:
+def by_rank(tensor: Tensor, parts: Sequence[Parts], *, dim: int) -> Sequence[Tensor]:
+    """What belongs to each layer of a tensor with R columns (or rows)."""
     return torch.split(tensor, [len(part.a) for part in parts], dim)

@@ -6,6 +6,8 @@ Columns 2 j and 2 j + 1 have the halves of one 32-bit hash of j and of two keys 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -146,3 +148,34 @@ def add_dropped(out: Tensor, x: Tensor, p: float, seed: Tensor | None) -> None:
         out += x
     else:
         torch.ops.graft.add_dropped(out, x, p, seed)
+
+
+def dropped_lanes(x: Tensor, chances: Mapping[int, tuple[float, Tensor]]) -> Tensor:
+    """`dropped` of those x[lane] that have a probability and a seed, and the others as they are.
+
+    Shapes: x [lanes, T, K]. No autograd.
+    """
+    if not chances:
+        return x
+    found = dropout_cpu.dropped_lanes(x, _numbers(chances)) if x.is_cpu else None
+    if found is None:
+        found = x.clone()
+        for lane, (p, seed) in chances.items():
+            found[lane] = dropped(x[lane], p, seed)
+    return found
+
+
+def add_dropped_lanes(out: Tensor, x: Tensor, chances: Mapping[int, tuple[float, Tensor]]) -> None:
+    """`out[lane] += dropped(x[lane], p, seed)`, without dropping where there is no chance.
+
+    Shapes: out, x [lanes, T, K] of one dtype.
+    """
+    if x.is_cpu and dropout_cpu.add_dropped_lanes(out, x, _numbers(chances)):
+        return
+    for lane in range(len(x)):
+        p, seed = chances.get(lane, (0.0, None))
+        add_dropped(out[lane], x[lane], p, seed)
+
+
+def _numbers(chances: Mapping[int, tuple[float, Tensor]]) -> dict[int, dropout_cpu.Chance]:
+    return {lane: (threshold(p), int(seed.item())) for lane, (p, seed) in chances.items()}

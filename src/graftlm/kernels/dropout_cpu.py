@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels.native.opening import opened
+
+Chance = tuple[int, int]
+"""How many of 65536 numbers mean "dropped", and the seed."""
 
 SOURCE = Path(__file__).parent / "native" / "dropout.c"
 
@@ -33,6 +37,43 @@ def add_dropped(out: Tensor, x: Tensor, limit: int, seed: Tensor) -> bool:
         return False
     _call(loaded.graft_add_dropped, out, x.contiguous(), limit, seed)
     return True
+
+
+def dropped_lanes(x: Tensor, chances: Mapping[int, Chance]) -> Tensor | None:
+    """`dropped` of those x[lane] that have a chance, beside the others; None where it cannot run."""
+    loaded = _library() if x.element_size() in (2, 4) and x.is_cpu and x.is_contiguous() else None
+    if loaded is None:
+        return None
+    out = torch.empty_like(x)
+    for lane in range(len(x)):
+        if lane in chances:
+            _call_lane(loaded.graft_dropped, out, x, lane, chances[lane])
+        else:
+            out[lane] = x[lane]
+    return out
+
+
+def add_dropped_lanes(out: Tensor, x: Tensor, chances: Mapping[int, Chance]) -> bool:
+    """The same of `add_dropped`; False, and nothing done, where it cannot run."""
+    fits = out.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float32) and out.is_contiguous()
+    loaded = _library() if fits and x.is_cpu and x.is_contiguous() else None
+    if loaded is None:
+        return False
+    for lane in range(len(x)):
+        if lane in chances:
+            _call_lane(loaded.graft_add_dropped, out, x, lane, chances[lane])
+        else:
+            out[lane] += x[lane]
+    return True
+
+
+def _call_lane(function: ctypes._NamedFuncPointer, out: Tensor, x: Tensor, lane: int, chance: Chance) -> None:
+    size, (limit, seed) = x.element_size(), chance
+    skipped = lane * x.stride(0) * size
+    function(
+        *(out.data_ptr() + skipped, x.data_ptr() + skipped, x.shape[1], x.shape[2], size),
+        *(seed, limit, torch.get_num_threads()),
+    )
 
 
 def _call(function: ctypes._NamedFuncPointer, out: Tensor, x: Tensor, limit: int, seed: Tensor) -> None:

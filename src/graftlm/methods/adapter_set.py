@@ -16,9 +16,11 @@ from graftlm.core.errors import AdapterError
 from graftlm.methods import merge as merging
 from graftlm.methods.base import MethodConfig, Part
 from graftlm.methods.install import Installation
+from graftlm.methods.lanes import Lanes
 from graftlm.methods.place import Composition
 from graftlm.methods.resolve import resolve
-from graftlm.methods.routing import routed
+from graftlm.methods.routing import require_routable, routed
+from graftlm.methods.stacking import stacked
 from graftlm.methods.state import State, as_names, check_name, without
 from graftlm.methods.storage import Storage
 from graftlm.quant.facts import counted
@@ -189,13 +191,13 @@ class AdapterSet:
         """One adapter per row of the batch (`None`: the base), in forward, `generate` and training."""
         self._known(name for name in rows if name is not None)
         self._require_unrouted()
-        if not rows or self.merged:
-            raise AdapterError(
-                "No rows were given to route." if not rows else f"Adapters {list(self.merged)} are merged.",
-                meaning="" if not rows else "A merged adapter acts on every row.",
-                fix="Give one name per row." if not rows else "First adapters.unmerge().",
-            )
+        require_routable(rows, self.merged)
         return routed(self.model, rows, dict(self._installation.places))
+
+    def stacked(self, names: Iterable[str]) -> AbstractContextManager[Lanes]:
+        """Several adapters side by side in one batch, each on tokens of its own, for training."""
+        self._require_unrouted()
+        return stacked(self._known(names), self.merged, dict(self._installation.places))
 
     # Merging.
 
@@ -279,7 +281,7 @@ class AdapterSet:
         self._require_unrouted()
 
     def _require_unrouted(self) -> None:
-        if any(place.route is not None for _, place in self._installation.places):
+        if any(place.route or place.lanes for _, place in self._installation.places):
             raise AdapterError(
                 "Rows are routed to adapters at the moment.",
                 meaning="What exists and what is merged must stay while a routed() block lasts.",
@@ -294,7 +296,5 @@ class AdapterSet:
 
     def _require(self, name: str) -> None:
         if name not in self._configs:
-            known = ", ".join(map(repr, self.names)) or "none"
-            raise AdapterError(
-                f"There is no adapter named {name!r}.", fix=f"Adapters of this model: {known}."
-            )
+            known = f"Adapters of this model: {', '.join(map(repr, self.names)) or 'none'}."
+            raise AdapterError(f"There is no adapter named {name!r}.", fix=known)

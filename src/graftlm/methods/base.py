@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from graftlm.core.config import Config
 from graftlm.core.errors import MergeError
-from graftlm.kernels.adapted import Adapted
+from graftlm.kernels.adapted import Adapted, Frozen
 from graftlm.quant.facts import device_of, dtype_of
 from graftlm.quant.weights import WeightHandle
 
@@ -86,9 +86,9 @@ class SiteAdapter(Part):
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any: ...
 
-    def adapted(self, base: nn.Module, x: Tensor) -> Adapted | None:
-        """What `forward` computes, as a layer with a low-rank change, where it is one: that is computed in
-        one go, and together with other layers that read the same input."""
+    def change_of(self, layer: Frozen, base: nn.Module) -> Adapted | None:
+        """What `forward` computes, as the frozen `layer` that `base` is with a low-rank change, where it is
+        one: that is computed in one go, and together with other layers that read the same input."""
         return None
 
 

@@ -23,7 +23,6 @@ from graftlm.kernels.lengths import changed_lengths
 from graftlm.kernels.ops import row_products
 from graftlm.methods.base import Dense, Part, SiteAdapter
 from graftlm.methods.low_rank import LoraEmbedding, LoraLinear
-from graftlm.quant.frozen import frozen
 from graftlm.quant.weights import WeightHandle
 
 
@@ -43,14 +42,13 @@ class DoraLinear(SiteAdapter):
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y, bias = base(x, *args, **kwargs), getattr(base, "bias", None)
         layer = Given(y, None if bias is None else bias.detach().to(y.dtype))
-        y = adapted_linears(x.to(y.dtype), [self._change_of(layer, base)])[0]
+        y = adapted_linears(x.to(y.dtype), [self._changed(layer, base)])[0]
         return y if self.lora.shift is None else self.lora.shift.post(x, y)
 
-    def adapted(self, base: nn.Module, x: Tensor) -> Adapted | None:
-        layer = frozen(base, x) if self.lora.shift is None else None
-        return None if layer is None else self._change_of(layer, base)
+    def change_of(self, layer: Frozen, base: nn.Module) -> Adapted | None:
+        return self._changed(layer, base) if self.lora.shift is None else None
 
-    def _change_of(self, layer: Frozen | Given, base: nn.Module) -> Adapted:
+    def _changed(self, layer: Frozen | Given, base: nn.Module) -> Adapted:
         lora = self.lora
         a, b = lora.factors()
         squares, products = self._rows.products(WeightHandle(base), a)

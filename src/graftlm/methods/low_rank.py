@@ -17,7 +17,6 @@ from graftlm.kernels.adapted import Adapted, Frozen, Given, adapted_linears
 from graftlm.methods.base import Dense, LayerAdapter
 from graftlm.methods.bias import BiasShift
 from graftlm.methods.starts.initialise import Origin, start, start_of_table
-from graftlm.quant.frozen import frozen
 
 
 class LoraLinear(LayerAdapter):
@@ -63,13 +62,12 @@ class LoraLinear(LayerAdapter):
         super().load_saved(tensors)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return adapted_linears(x.to(y.dtype), [self._change_of(Given(y))])[0]
+        return adapted_linears(x.to(y.dtype), [self._changed(Given(y))])[0]
 
-    def adapted(self, base: nn.Module, x: Tensor) -> Adapted | None:
-        layer = frozen(base, x) if type(self) is LoraLinear else None
-        return None if layer is None else self._change_of(layer)
+    def change_of(self, layer: Frozen, base: nn.Module) -> Adapted | None:
+        return self._changed(layer) if type(self) is LoraLinear else None
 
-    def _change_of(self, layer: Frozen | Given) -> Adapted:
+    def _changed(self, layer: Frozen | Given) -> Adapted:
         a, b = self.factors()
         dropout = self.dropout if self.training else 0.0
         return Adapted(layer, a, b, self.scaling, dropout, shift=self._shift())

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from graftlm.methods.base import Part
+from graftlm.methods.lanes import Lanes
 
 Composition = Literal["sum", "stack"]
 """How several active adapters act together: the base plus the change of each, or one upon the other."""
@@ -25,7 +26,8 @@ class Route:
 class Place(nn.Module):
     """The parts that stand at one module.
 
-    The state (`shown`, `composition`, `route`, `is_enabled`) is only ever written by the owner of the place.
+    The state (`shown`, `composition`, `route`, `lanes`, `is_enabled`) is only ever written by the owner of
+    the place.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,7 @@ class Place(nn.Module):
         self.shown: tuple[str, ...] = ()
         self.composition: Composition = "sum"
         self.route: Route | None = None
+        self.lanes: Lanes | None = None
         self.is_enabled = True
 
     def adapter(self, name: str) -> Part:

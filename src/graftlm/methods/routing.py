@@ -101,6 +101,20 @@ def routed(model: nn.Module, rows: Sequence[str | None], places: Mapping[str, Pl
             object.__delattr__(model, "generate")
 
 
+def require_routable(rows: Sequence[str | None], merged: Sequence[str]) -> None:
+    """Refuse what cannot be routed.
+
+    Raises:
+        AdapterError: no rows, or an adapter that is merged.
+    """
+    if not rows or merged:
+        raise AdapterError(
+            "No rows were given to route." if not rows else f"Adapters {list(merged)} are merged.",
+            meaning="" if not rows else "A merged adapter acts on every row.",
+            fix="Give one name per row." if not rows else "First adapters.unmerge().",
+        )
+
+
 def _refuse_shared(rows: Sequence[str | None], places: Mapping[str, Place]) -> None:
     wanted = {name for name in rows if name is not None}
     problems = [

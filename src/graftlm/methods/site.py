@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from graftlm.core.errors import AdapterError
-from graftlm.kernels.adapted import Adapted, adapted_linears
+from graftlm.kernels.adapted import Adapted
+from graftlm.kernels.stacked import Stacked, linears
+from graftlm.methods import in_lanes
 from graftlm.methods.base import LayerAdapter, SiteAdapter, WeightAdapter
+from graftlm.methods.in_lanes import refuse_arguments
+from graftlm.methods.lanes import Lanes
 from graftlm.methods.place import Place, Route
+from graftlm.quant.frozen import frozen
 from graftlm.quant.weights import Held, WeightHandle
 
 
@@ -35,19 +40,34 @@ class Site(Place):
             return self._routed(self.route, x, *rest, **kwargs)
         one = None if rest or kwargs else self.adapted(x)
         if one is not None:
-            return adapted_linears(x, [one])[0]
+            return linears(x, [one])[0]
+        if (lanes := self._lanes) is not None:
+            refuse_arguments(rest, kwargs)
+            return in_lanes.output(self.base_layer, self._part, lanes, x)
         adapters = [self.adapter(name) for name in self.shown]
         if len(adapters) == 1 and not self.originals:
             return adapters[0](self.base_layer, x, *rest, **kwargs)
         compose = self._summed if self.composition == "sum" else self._stacked
         return compose(adapters, x, *rest, **kwargs)
 
-    def adapted(self, x: Tensor) -> Adapted | None:
+    def adapted(self, x: Tensor) -> Adapted | Stacked | None:
         """What `forward` computes of x as one product (`kernels.adapted`), where it is one: the layer as it
-        came, and a single adapter of a kind that can be part of it."""
-        if len(self.shown) != 1 or self.originals or (self.route is not None and self.is_enabled):
+        came, and a single adapter of a kind that can be part of it, or one for each lane of x."""
+        if self.originals or (self.route is not None and self.is_enabled):
             return None
-        return self.adapter(self.shown[0]).adapted(self.base_layer, x)
+        if (lanes := self._lanes) is not None:
+            return in_lanes.product(self.base_layer, self._part, lanes, x)
+        layer = frozen(self.base_layer, x) if len(self.shown) == 1 else None
+        return None if layer is None else self.adapter(self.shown[0]).change_of(layer, self.base_layer)
+
+    @property
+    def _lanes(self) -> Lanes | None:
+        """Those that apply now."""
+        applies = self.lanes is not None and self.lanes.applies and self.is_enabled
+        return self.lanes if applies else None
+
+    def _part(self, name: str) -> SiteAdapter | None:
+        return self.adapter(name) if self.has(name) else None
 
     def adapter(self, name: str) -> SiteAdapter:
         """The part of the adapter of that name."""

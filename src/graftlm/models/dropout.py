@@ -16,16 +16,28 @@ def drop_nothing(model: nn.Module) -> None:
 
     A policy with dropout, beside a reference without, seems to have moved before it has learnt anything.
     """
-    adapters = adapters_of(model)
-    own = set[nn.Module]()
-    if adapters is not None:
-        for part in [part for name in adapters.names for part in adapters.parts(name).values()]:
-            own.update(part.modules())
-    for module in model.modules():
-        if module in own:
-            continue
+    for module in _of_base(model):
         if isinstance(module, KINDS):
             module.p = 0.0
         for name in RATES:
             if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether the base drops values at random while it trains, beside what adapters drop."""
+    return any(
+        (isinstance(module, KINDS) and module.p > 0)
+        or any(isinstance(vars(module).get(name), float) and vars(module)[name] > 0 for name in RATES)
+        for module in _of_base(model)
+    )
+
+
+def _of_base(model: nn.Module) -> list[nn.Module]:
+    """The modules that belong to no adapter."""
+    adapters = adapters_of(model)
+    own = set[nn.Module]()
+    if adapters is not None:
+        for part in [part for name in adapters.names for part in adapters.parts(name).values()]:
+            own.update(part.modules())
+    return [module for module in model.modules() if module not in own]

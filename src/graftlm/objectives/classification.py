@@ -19,6 +19,7 @@ from graftlm.core.errors import ConfigError
 from graftlm.data.labels.encode import LabelledBatch, LabelledRow, collate_labelled
 from graftlm.data.labels.records import Labelled
 from graftlm.data.labels.values import Problem
+from graftlm.methods.lanes import Lanes
 from graftlm.objectives.base import LossParts, Objective
 from graftlm.objectives.row_logits import RowLogits
 
@@ -99,6 +100,16 @@ class ClassificationObjective(Objective[LabelledBatch]):
 
     def __call__(self, model: nn.Module, batch: LabelledBatch) -> LossParts:
         logits = self.logits(model, batch, self.tokens)
+        return self._parts(logits, batch)
+
+    def together(
+        self, model: nn.Module, batches: Mapping[str, LabelledBatch], lanes: Lanes
+    ) -> dict[str, LossParts]:
+        """As `TogetherObjective`."""
+        found = self.logits.together(model, batches, lanes)
+        return {name: self._parts(found[name], batch) for name, batch in batches.items()}
+
+    def _parts(self, logits: Tensor, batch: LabelledBatch) -> LossParts:
         losses = row_losses(logits, batch.targets, self.told, label_smoothing=self.smoothing)
         return LossParts(losses.sum(), batch.target_tokens)
 

@@ -7,6 +7,7 @@ called as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from graftlm.data.batches import WIDTH_STEP, Batch
 from graftlm.data.encode import IGNORED
 from graftlm.data.filled import filled
 from graftlm.data.forms import DOCUMENTS, for_attention
+from graftlm.methods.lanes import Lanes
 from graftlm.methods.site import base_modules
 from graftlm.methods.virtual.stacks import is_causal, is_encoder_decoder
 from graftlm.models.fusing.last_rows import only
 from graftlm.models.generate import evaluation_mode
 from graftlm.models.heads import head_modules
 from graftlm.objectives.sft import attention_of
+from graftlm.objectives.together import joint_of
 from graftlm.quant.facts import device_of
 
 LAST, OWN = "the head on the tokens that are read", "the model's own logits"
@@ -41,17 +44,49 @@ class RowLogits:
 
     def __call__(self, model: Any, batch: Batch, tokens: int = 0) -> Tensor:
         """`tokens`: what flat batches are filled up to at least."""
+        return self._of(model, self._ready(model, batch, tokens))
+
+    def together(self, model: Any, batches: Mapping[str, Batch], lanes: Lanes) -> dict[str, Tensor]:
+        """The logits of several micro-batches by the adapters that they belong to, from one pass."""
+        joint = joint_of(batches, attention_of(model), next(model.parameters()).dtype)
+        chosen = joint.chosen(joint.batch.labels != IGNORED)
+        if not self.head:
+            with joint.over(lanes):
+                logits = model(**joint.batch.inputs).logits
+            counts = [len(batch.labels) for batch in batches.values()]
+            return dict(
+                zip(batches, chosen.of(logits) if self.is_token else logits.split(counts), strict=True)
+            )
+        index, of_index = chosen.index()
+        index = index.to(joint.batch.inputs["input_ids"].device, non_blocking=True)
+        with joint.over(lanes, {len(index): of_index}):
+            with chosen.only(index) as said:
+                hidden = model.base_model(**joint.batch.inputs, use_cache=False)[0]
+            width = joint.batch.labels.shape[1]
+            states = hidden[0] if said.taken else hidden[:, -width:].flatten(0, 1).index_select(0, index)
+            found = chosen.of_index(self._of_states(model, states))
+        return dict(zip(batches, found, strict=True))
+
+    def _ready(self, model: Any, batch: Batch, tokens: int) -> Batch:
+        """The batch in the form that the model reads."""
+        if not self.head or attention_of(model) != DOCUMENTS:
+            return batch
+        batch = for_attention(batch, DOCUMENTS, next(model.parameters()).dtype)
+        # A matrix product of a new shape is prepared anew: lengths are multiples of `WIDTH_STEP`.
+        return filled(batch, max(tokens, -(-batch.labels.shape[1] // WIDTH_STEP) * WIDTH_STEP))
+
+    def _of(self, model: Any, batch: Batch) -> Tensor:
         if not self.head:
             logits: Tensor = model(**batch.inputs).logits
             return _chosen(logits, batch.labels != IGNORED) if self.is_token else logits
-        if attention_of(model) == DOCUMENTS:
-            batch = for_attention(batch, DOCUMENTS, next(model.parameters()).dtype)
-            # A matrix product of a new shape is prepared anew: lengths are multiples of `WIDTH_STEP`.
-            batch = filled(batch, max(tokens, -(-batch.labels.shape[1] // WIDTH_STEP) * WIDTH_STEP))
         wanted = batch.labels != IGNORED
         with only(wanted) as said:
             hidden = model.base_model(**batch.inputs, use_cache=False)[0]
-        states = hidden[0] if said.taken else _chosen(hidden[:, -wanted.shape[1] :], wanted)
+        return self._of_states(
+            model, hidden[0] if said.taken else _chosen(hidden[:, -wanted.shape[1] :], wanted)
+        )
+
+    def _of_states(self, model: Any, states: Tensor) -> Tensor:
         if self.is_token:  # the heads of tokens drop some of what they read, where the architecture says so
             states = getattr(model, "dropout", nn.Identity())(states)
         found: Tensor = model.get_submodule(self.head)(states)

@@ -21,13 +21,14 @@ from graftlm.data.encode import Encoded
 from graftlm.data.filled import filled
 from graftlm.data.fixed import Fixed
 from graftlm.data.forms import for_attention
-from graftlm.data.joined import joined
+from graftlm.kernels.log_probs import linear_log_probs
 from graftlm.kernels.ops import linear_cross_entropy
 from graftlm.methods.lanes import Lanes
 from graftlm.models.fusing.last_rows import only
 from graftlm.objectives.base import LossParts, Objective
-from graftlm.objectives.packed_head import packed_cross_entropy
-from graftlm.objectives.together import spans_of
+from graftlm.objectives.numbers import require_numbers
+from graftlm.objectives.packed_head import packed_cross_entropy, packed_log_probs
+from graftlm.objectives.together import Chosen, Joint, joint_of
 from graftlm.quant.embedding import packed_head
 from graftlm.quant.facts import device_of
 
@@ -79,30 +80,34 @@ class SftObjective(Objective[Batch]):
         return LossParts(loss, batch.target_tokens)
 
     def together(self, model: nn.Module, batches: Mapping[str, Batch], lanes: Lanes) -> dict[str, LossParts]:
-        """As `TogetherObjective`."""
-        whole = self.flattened(model, joined([*batches.values()]))
-        labels = F.pad(whole.labels[:, 1:], (0, 1), value=-100)
-        rows, device = labels != -100, whole.inputs["input_ids"].device
-        spans = spans_of(batches, whole, rows)
-        is_full, may_choose = self.path == "full logits", spans.is_clear(device)
-        with lanes.over(spans.by_tokens(may_choose=may_choose, device=device)):
-            if is_full:
-                found = take_rows(model(**whole.inputs, use_cache=False).logits, rows)
-            elif may_choose:
-                found = wanted_states(model, whole.inputs, rows)
-            else:
-                found = take_rows(hidden_states(model, whole.inputs), rows)
-        targets = labels[rows].to(found.device, non_blocking=True)
-        each = zip(batches.items(), found.split(spans.counts), targets.split(spans.counts), strict=True)
-        return {
-            name: LossParts(
-                _chunked(_sum_of_cross_entropies, part, target, part.shape[-1])
-                if is_full
-                else self._head_loss(model, part, target),
-                batch.target_tokens,
+        """As `TogetherObjective`.
+
+        Raises:
+            ModelError: the output head is trained or adapted.
+        """
+        if self.path == "trained head":
+            raise ModelError(
+                "The output head is trained, and the tokens of several adapters go over it together.",
+                fix="Train these adapters one after the other.",
             )
-            for (name, batch), part, target in each
-        }
+        dtype = next(model.parameters()).dtype
+        joint = joint_of(batches, attention_of(model), dtype)
+        labels = F.pad(joint.batch.labels[:, 1:], (0, 1), value=-100)
+        chosen = joint.chosen(labels != -100)
+        targets = [labels.flatten()[own] for own in chosen.each]
+        if self.path == "full logits":
+            with joint.over(lanes):
+                logits = model(**joint.batch.inputs, use_cache=False).logits
+            losses = [
+                _chunked(_sum_of_cross_entropies, part, own.to(part.device), part.shape[-1])
+                for part, own in zip(chosen.of(logits), targets, strict=True)
+            ]
+        else:
+            hidden = torch.cat(states_together(model, joint, chosen, lanes))
+            each = self._log_probs(model, hidden, torch.cat(targets).to(hidden.device, non_blocking=True))
+            losses = [-part.sum() for part in each.split([len(own) for own in targets])]
+        found = zip(batches.items(), losses, strict=True)
+        return {name: LossParts(loss, batch.target_tokens) for (name, batch), loss in found}
 
     def of_fixed(self, model: nn.Module, batch: Fixed) -> Tensor:
         """The loss of a batch in a shape that repeats, by a frozen head: no tensor is read on the way."""
@@ -119,6 +124,15 @@ class SftObjective(Objective[Batch]):
         row = Encoded(ids, (-100, *ids[1:]), 1, False)
         layout: dict[str, Any] = {"rows_per_batch": 1, "packing": False, "seed": 0, "pad_token_id": 0}
         return Batches([row], max_length=length, **layout).batch(0, 0)
+
+    def _log_probs(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+        """log p(label) of each row by the head, which is not trained: the rows of all go over it together."""
+        head = model.get_output_embeddings()
+        packed = packed_head(head)
+        if packed is not None:
+            return packed_log_probs(hidden, packed, labels, head.bias)[0]
+        chunk = rows_per_chunk(vocabulary_of(head))
+        return linear_log_probs(hidden, head.weight, labels, bias=head.bias, chunk_rows=chunk)[0]
 
     def _head_loss(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         head = model.get_output_embeddings()
@@ -184,6 +198,21 @@ def wanted_states(model: Any, inputs: dict[str, Tensor], rows: Tensor) -> Tensor
     return hidden[0] if wanted.taken else take_rows(hidden, rows)
 
 
+def states_together(model: Any, joint: Joint, chosen: Chosen, lanes: Lanes) -> list[Tensor]:
+    """Hidden states of the tokens that each lane wants, [count, H]."""
+    if not chosen.is_few:
+        with joint.over(lanes):
+            return chosen.of(hidden_states(model, joint.batch.inputs))
+    index, of_index = chosen.index()
+    device = joint.batch.inputs["input_ids"].device
+    with (
+        joint.over(lanes, {len(index): of_index}),
+        chosen.only(index.to(device, non_blocking=True)) as wanted,
+    ):
+        hidden = hidden_states(model, joint.batch.inputs)
+    return chosen.of_index(hidden[0]) if wanted.taken else chosen.of(hidden)
+
+
 def take_rows(values: Tensor, wanted: Tensor) -> Tensor:
     """Those rows [R, N] of [B, T, N] that a boolean [B, T] names; where it is on the host, nobody waits."""
     index = wanted.flatten().nonzero().flatten().to(values.device, non_blocking=True)
@@ -218,6 +247,7 @@ def _logits_are_head_of_hidden(model: Any, head: nn.Module) -> bool:
         formed = head(hidden_states(model, {"input_ids": ids})).float()
     finally:
         model.train(was_training)
+    require_numbers(direct, model)
     return bool(torch.allclose(direct, formed, rtol=1e-5, atol=1e-5 * float(direct.abs().max())))
 
 

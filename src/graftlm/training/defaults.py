@@ -69,8 +69,7 @@ def fitted(
     changes: dict[str, Any] = {}
     notes: list[str] = []
     if "learning_rate" not in written:
-        rate = rate_scale * rate_for(recipe.method.config, hidden_size)
-        changes["learning_rate"] = float(f"{rate:.1e}")
+        changes["learning_rate"] = usual_rate(recipe, hidden_size, rate_scale)
         notes.append(f"learning rate {changes['learning_rate']:.1e} for a model {hidden_size} wide")
     is_free = not written & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if is_free and not recipe.data.packing:
@@ -93,6 +92,11 @@ def fitted(
         )
     train = recipe.train.replace(**changes)
     return recipe.model_copy(update={"train": train}), notes
+
+
+def usual_rate(recipe: Recipe, hidden_size: int, rate_scale: float) -> float:
+    """The learning rate of a recipe that does not name one."""
+    return float(f"{rate_scale * rate_for(recipe.method.config, hidden_size):.1e}")
 
 
 def rate_for(method: MethodConfig, hidden_size: int) -> float:

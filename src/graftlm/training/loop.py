@@ -14,12 +14,13 @@ from torch import nn
 from graftlm.core.errors import CheckpointError, GraftError, StorageError
 from graftlm.core.events import EventLog
 from graftlm.core.files import RunLock
-from graftlm.training.callbacks import Announcer, Callback, EventWriter
+from graftlm.training.callbacks import Announcer, Callback, EventWriter, Watch
 from graftlm.training.checkpoint import published
 from graftlm.training.interfaces import B, BatchSource, Evaluate, Objective, TrainSettings
 from graftlm.training.memory import peak_bytes
 from graftlm.training.memory_phases import MemoryPhases
 from graftlm.training.optim import make_optimizer
+from graftlm.training.out_of_memory import memory_errors
 from graftlm.training.restore import load_trainable
 from graftlm.training.session import Session, Why
 from graftlm.training.signals import StopRequests
@@ -68,6 +69,7 @@ def train(
     lora_b: Callable[[str], bool] | Collection[str] = (),
     scales: Mapping[str, float] | None = None,
     memory: MemoryPhases | None = None,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train `parameters` of `model`; leave checkpoints and `events.jsonl` in the run folder.
 
@@ -83,6 +85,7 @@ def train(
         lora_b: names of the LoRA B matrices, or a function that tells them (for LoRA+).
         scales: name -> what the learning rate of a parameter is multiplied by, where it is not 1.
         memory: measures the phases of every step; it resets the process's high-water mark.
+        watch: sees every event last, and answers with events of its own; what it raises ends the run.
 
     Raises:
         CheckpointError: the folder is in use, belongs to another run, or no checkpoint verifies.
@@ -90,12 +93,38 @@ def train(
         TrainingError: three windows in a row were not finite, parameters got no gradient, or out of memory.
     """
     require_owned(model, parameters)
+    with opened_session(
+        model, objective, batches, parameters, settings, run=run, identity=identity, evaluate=evaluate,
+        callbacks=callbacks, stop=stop, lora_b=lora_b, scales=scales, memory=memory, watch=watch,
+    ) as session:  # fmt: skip
+        return _run(session, resume)
+
+
+@contextlib.contextmanager
+def opened_session(
+    model: nn.Module,
+    objective: Objective[B],
+    batches: BatchSource[B],
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    *,
+    run: Path,
+    identity: Mapping[str, Any] | None,
+    evaluate: Evaluate | None,
+    callbacks: Sequence[Callback],
+    stop: StopRequests | None,
+    lora_b: Callable[[str], bool] | Collection[str],
+    scales: Mapping[str, float] | None,
+    memory: MemoryPhases | None = None,
+    watch: Watch | None = None,
+) -> Iterator[Session[B]]:
+    """The session of a run, its folder locked and its log open. Arguments are those of `train`."""
     timeline = Timeline(batches, settings.gradient_accumulation_steps)
     total = timeline.total_steps(settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunLock(run / LOCK))
         log = stack.enter_context(EventLog(run / LOG))
-        session = Session(
+        yield Session(
             model=model,
             objective=objective,
             batches=batches,
@@ -104,44 +133,47 @@ def train(
             run=run,
             identity={**run_identity(settings, total), "data": batches.fingerprint, **(identity or {})},
             evaluate=evaluate,
-            announce=Announcer([EventWriter(log), *callbacks]),
+            announce=Announcer([EventWriter(log), *callbacks], watch),
             stop=stop if stop is not None else stack.enter_context(StopRequests()),
             timeline=timeline,
             total=total,
             optimizer=make_optimizer(parameters, settings, lora_b=lora_b, scales=scales),
             memory=memory,
         )
-        return _run(session, resume)
 
 
 def _run(session: Session[B], resume: Resume) -> TrainResult:
     started = time.monotonic()
-    with _failure_logged(session, started), _modes_kept(session.model):
+    with failure_logged(session, started), modes_kept(session.model):
         begin(session, resume)
         session.model.train()
-        why = session.run_steps()
-        progress = session.progress
-        weights = progress.step if why == "interrupted" else _keep_best(session)
-        seconds = round(time.monotonic() - started, 3)
-        if why == "interrupted":
-            session.announce("interrupted", step=progress.step)
-        if session.memory is not None:
-            session.announce("memory", step=progress.step, phases=session.memory.as_list())
-        session.announce("end", step=progress.step, seconds=seconds, why=why)
-        return TrainResult(
-            why=why,
-            step=progress.step,
-            total_steps=session.total,
-            train_loss=session.last_loss,
-            best_step=progress.best_step,
-            best_loss=progress.best_loss,
-            weights=weights,
-            checkpoint=published(session.run)[progress.step],
-            skipped=progress.skipped,
-            seconds=seconds,
-            peak_memory_bytes=peak_bytes(session.device),
-            exit_code=session.stop.exit_code if why == "interrupted" else 0,
-        )
+        return ended(session, session.run_steps(), started)
+
+
+def ended(session: Session[B], why: Why, started: float) -> TrainResult:
+    """The end of a run that has no further step."""
+    progress = session.progress
+    weights = progress.step if why == "interrupted" else _keep_best(session)
+    seconds = round(time.monotonic() - started, 3)
+    if why == "interrupted":
+        session.announce("interrupted", step=progress.step)
+    if session.memory is not None:
+        session.announce("memory", step=progress.step, phases=session.memory.as_list())
+    session.announce("end", step=progress.step, seconds=seconds, why=why)
+    return TrainResult(
+        why=why,
+        step=progress.step,
+        total_steps=session.total,
+        train_loss=session.last_loss,
+        best_step=progress.best_step,
+        best_loss=progress.best_loss,
+        weights=weights,
+        checkpoint=published(session.run)[progress.step],
+        skipped=progress.skipped,
+        seconds=seconds,
+        peak_memory_bytes=peak_bytes(session.device),
+        exit_code=session.stop.exit_code if why == "interrupted" else 0,
+    )
 
 
 def _keep_best(session: Session[B]) -> int:
@@ -163,19 +195,25 @@ def _keep_best(session: Session[B]) -> int:
 
 
 @contextlib.contextmanager
-def _failure_logged(session: Session[B], started: float) -> Iterator[None]:
+def failure_logged(session: Session[B], started: float) -> Iterator[None]:
+    """An error inside is the end of the run, and its log says so."""
     try:
-        yield
+        with memory_errors(session.device):
+            yield
     except GraftError as error:
         with contextlib.suppress(StorageError):  # the log may lie on the disk that is full
             seconds = round(time.monotonic() - started, 3)
-            step = session.progress.step
-            session.announce("end", step=step, seconds=seconds, why="failed", error=error.as_dict())
+            phase = session.memory.now if session.memory is not None else ""
+            session.announce(
+                "end", step=session.progress.step, seconds=seconds, why="failed", error=error.as_dict(),
+                phase=phase,
+            )  # fmt: skip
         raise
 
 
 @contextlib.contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whether each module trains is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

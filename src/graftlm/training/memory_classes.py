@@ -48,7 +48,8 @@ class _Count:
 
     def add(self, kind: str, tensor: Tensor, *, parameters: int | None = None) -> None:
         """One tensor; `parameters` where it stands for another number of them than it has elements."""
-        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage()
+        place = (tensor.device, storage.data_ptr() or storage._cdata)  # without values it lies nowhere
         if tensor.numel() == 0 or place in self._seen:
             return
         self._seen.add(place)
@@ -92,8 +93,17 @@ def tensor_classes(
     return tuple(found for found in (*base, count.of(TRAINED), gradients, state_of_all) if found.bytes)
 
 
+def base_classes(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> tuple[TensorClass, ...]:
+    """Weights of the base by kind, and the trained parameters; also of a model without values."""
+    count = _Count()
+    for parameter in trained.values():
+        count.add(TRAINED, parameter)
+    _count_base(model, count)
+    return tuple(found for kind in (*BASE, TRAINED) if (found := count.of(kind)).bytes)
+
+
 def _count_base(model: nn.Module, count: _Count) -> None:
-    head = _output_head(model)
+    head = output_head(model)
     for module in model.modules():
         if isinstance(module, PackedModule):
             inner = EMBEDDINGS if isinstance(module, QuantisedEmbedding) else QUANTISED
@@ -101,10 +111,11 @@ def _count_base(model: nn.Module, count: _Count) -> None:
             for place, tensor in enumerate(packed.stored):
                 count.add(kind, tensor, parameters=math.prod(packed.shape) if place == 0 else 0)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            count.add(HEAD if module is head else _kind(module, tensor), tensor)
+            count.add(HEAD if module is head else class_of_tensor(module, tensor), tensor)
 
 
-def _kind(module: nn.Module, tensor: Tensor) -> str:
+def class_of_tensor(module: nn.Module, tensor: Tensor) -> str:
+    """The kind of a dense tensor of a base that is not of its output head."""
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
     if isinstance(module, nn.Linear | Conv1D):
@@ -114,7 +125,8 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
     return NORMS if is_norm(module) else OTHER
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that gives the logits of a model that writes text, without an adapter around it."""
     found = getattr(model, "get_output_embeddings", lambda: None)()
     head = getattr(found, "base_layer", found)
     return head if isinstance(head, nn.Module) else None

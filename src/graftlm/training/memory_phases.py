@@ -1,7 +1,8 @@
-"""The most memory that each phase of a run took; measuring costs microseconds at every change of phase."""
+"""The most memory that each phase of a run took, and its time; both cost microseconds at every change."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graftlm.core.allocation import return_freed
 from graftlm.training.memory import peak_since_reset, reset_peak
 
 START, BETWEEN = "start", "between"
@@ -39,12 +41,22 @@ class MemoryPhases:
         self.device = device
         self._peaks: dict[str, PhasePeak] = {}
         self._now = START
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+        self.failed_in = ""
+        """The phase inside `during` that an error ended."""
         self.is_exact = True
         """False where peaks cannot be reset: then a phase shows the highest peak up to its end."""
+
+    @property
+    def now(self) -> str:
+        """The phase that lasts."""
+        return self._now
 
     def enter(self, phase: str) -> None:
         """The phase that has lasted until now is over, and `phase` begins."""
         self._note()
+        self._count()
         self._now = phase
         self.is_exact &= reset_peak(_CPU)
         if self.device.type == "cuda":
@@ -52,21 +64,38 @@ class MemoryPhases:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """`phase` inside, what was before afterwards; but the start is over for good."""
+        """`phase` inside, what was before afterwards; but the start is over for good.
+
+        What the phase freed goes back to the system, so that the next one does not inherit its holes.
+        """
         before = BETWEEN if self._now == START else self._now
         self.enter(phase)
         try:
             yield
+        except BaseException:
+            self.failed_in = phase
+            raise
         finally:
+            return_freed()
             self.enter(before)
 
     def peaks(self) -> tuple[PhasePeak, ...]:
         """Every phase in the order in which it first ended; what lies between them is left out."""
         return tuple(peak for phase, peak in self._peaks.items() if phase != BETWEEN)
 
+    def seconds(self) -> dict[str, float]:
+        """What every phase has taken so far in this process, and `between` what lay between them."""
+        self._count()
+        return dict(self._seconds)
+
     def as_list(self) -> list[dict[str, Any]]:
         """For an event."""
         return [asdict(peak) for peak in self.peaks()]
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._seconds[self._now] = self._seconds.get(self._now, 0.0) + now - self._since
+        self._since = now
 
     def _note(self) -> None:
         found = PhasePeak(self._now, peak_since_reset(_CPU))

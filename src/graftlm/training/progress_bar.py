@@ -8,18 +8,24 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from graftlm.training.callbacks import Callback, Event
+from graftlm.training.time_left import Expected, TimeLeft
 
 MOST_SHOWN = 4
 """Figures of a task that are shown while it runs."""
 
 
-def progress_display(stream: TextIO | None = None, *, line_seconds: float = 10.0) -> Callback:
-    """A bar if `stream` (standard error) is a terminal, else one line every `line_seconds`."""
-    target = sys.stderr if stream is None else stream
-    return ProgressBar(target) if target.isatty() else ProgressLines(target, line_seconds)
+def progress_display(
+    stream: TextIO | None = None, *, line_seconds: float = 10.0, expected: Expected | None = None
+) -> Callback:
+    """A bar if `stream` (standard error) is a terminal, else one line every `line_seconds`.
+
+    `expected` is what was predicted of the run: time is left from the beginning, and to its very end.
+    """
+    target, left = sys.stderr if stream is None else stream, TimeLeft(expected)
+    return ProgressBar(target, left) if target.isatty() else ProgressLines(target, line_seconds, left)
 
 
 def figures(fields: Mapping[str, Any]) -> str:
@@ -57,6 +63,9 @@ def message(event: Event) -> str | None:
             return f"step {fields['step']} skipped: {fields['why']} (rows {_short(fields['rows'])})"
         case "notice":
             return str(fields["text"])
+        case "finding":
+            what = f"{fields['severity']} {fields['rule']} at step {fields['step']}"
+            return f"{what}: {fields['seen']} {fields['fix']}"
         case "interrupted":
             return f"stopped at step {fields['step']}; go on with --resume"
         case "start" if fields["start_step"]:
@@ -73,26 +82,29 @@ def _short(rows: tuple[int, ...]) -> str:
 class ProgressBar:
     """Live bar: steps, loss, rate, tokens per second, memory, time left."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, left: TimeLeft) -> None:
+        self._left = left
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[figures]}"),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=Console(file=stream),
         )
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
+        self._left(event)
+        left = self._left.text
         if event.kind == "start":
-            self._task = self._bar.add_task(
-                "step", total=event.fields["total_steps"], completed=event.fields["start_step"], figures=""
-            )
+            total, done = event.fields["total_steps"], event.fields["start_step"]
+            self._task = self._bar.add_task("step", total=total, completed=done, figures="", left=left)
             self._bar.start()
         elif event.kind == "step" and self._task is not None:
-            self._bar.update(self._task, completed=event.fields["step"], figures=figures(event.fields))
+            done = event.fields["step"]
+            self._bar.update(self._task, completed=done, figures=figures(event.fields), left=left)
         text = message(event)
         if text:
             self._bar.console.print(text, highlight=False, markup=False)
@@ -103,14 +115,15 @@ class ProgressBar:
 class ProgressLines:
     """Plain lines for log files: the first step, then one every `seconds`, and the last."""
 
-    def __init__(self, stream: TextIO, seconds: float) -> None:
+    def __init__(self, stream: TextIO, seconds: float, left: TimeLeft) -> None:
         self._stream = stream
         self._seconds = seconds
+        self._left = left
         self._total = 0
         self._shown_at = -float("inf")
-        self._rate: list[float] = []
 
     def __call__(self, event: Event) -> None:
+        self._left(event)
         if event.kind == "start":
             self._total = event.fields["total_steps"]
         text = message(event)
@@ -120,10 +133,9 @@ class ProgressLines:
             print(text, file=self._stream, flush=True)
 
     def _step(self, fields: Mapping[str, Any]) -> str | None:
-        self._rate = [*self._rate[-19:], fields["seconds"]]
         now = time.monotonic()
         if now - self._shown_at < self._seconds and fields["step"] != self._total:
             return None
         self._shown_at = now
-        left = (self._total - fields["step"]) * sum(self._rate) / len(self._rate)
+        left = self._left.seconds or 0.0
         return f"step {fields['step']}/{self._total}  {figures(fields)}  about {left:,.0f} s left"

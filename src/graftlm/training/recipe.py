@@ -120,6 +120,9 @@ class DataSection(Config):
     """Held-out rows in a file of their own; otherwise `eval_fraction` of `path` is held out."""
     eval_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Share of the rows held out; at least 30 rows, never more than half."""
+    hold_out: Literal["rows", "passages"] = "rows"
+    """What is kept on one side: equal and nearly equal rows, or all rows that share a passage of 13 words as
+    well, such as one text behind two questions."""
     max_length: int = Field(1024, ge=8)
     """Longest row in tokens, and the width of a packed window; at most the base's context."""
     packing: bool = True
@@ -136,6 +139,8 @@ class DataSection(Config):
             and self.eval_fraction != type(self).model_fields["eval_fraction"].default
         ):
             raise ValueError("eval_fraction has no effect beside eval_path; leave one of them out")
+        if self.eval_path is not None and self.hold_out != "rows":
+            raise ValueError("hold_out has no effect beside eval_path; leave one of them out")
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -25,7 +25,7 @@ from graftlm.training.optim import learning_rate, set_learning_rate
 from graftlm.training.progress import Progress
 from graftlm.training.signals import StopRequests
 from graftlm.training.step import StepStats, optimizer_step
-from graftlm.training.timeline import Timeline, Window
+from graftlm.training.timeline import Step, Timeline, Window
 
 MAX_FAILURES = 3
 Why = Literal["finished", "early_stopping", "interrupted"]
@@ -81,42 +81,47 @@ class Session(Generic[B]):
         An evaluation that a stop request cut short is repeated by the resumed run before its first
         step: it is due as long as `progress.evaluated_step` lies behind.
         """
-        while True:
-            if self._evaluation_due() and not self.stop():
-                self._evaluate()
-            if self.stop() and (self.progress.step < self.total or self._evaluation_due()):
-                why: Why = "interrupted"
-            elif self._is_stale():
-                why = "early_stopping"
-            elif self.progress.step >= self.total:
-                why = "finished"
-            else:
-                if self._save_due():
-                    self._save()
-                self._step()
-                continue
-            self._save()
-            return why
+        while (why := self.prepared()) is None:
+            self._step()
+        return why
+
+    @property
+    def is_between(self) -> bool:
+        """Whether something comes before the next step."""
+        due = self._evaluation_due() or self._save_due() or self._is_stale()
+        return due or self.stop() or self.progress.step >= self.total
+
+    def prepared(self) -> Why | None:
+        """All that comes before the next step: evaluations and checkpoints; why there is none, if so."""
+        if self._evaluation_due() and not self.stop():
+            self._evaluate()
+        if self.stop() and (self.progress.step < self.total or self._evaluation_due()):
+            why: Why = "interrupted"
+        elif self._is_stale():
+            why = "early_stopping"
+        elif self.progress.step >= self.total:
+            why = "finished"
+        else:
+            if self._save_due():
+                self._save()
+            return None
+        self._save()
+        return why
 
     def _step(self) -> None:
-        window = self.timeline.at(self.progress.step)
-        rate = learning_rate(self.progress.step, self.total, self.settings)
-        set_learning_rate(self.optimizer, rate)
         random_state = capture_rng()
-        started = time.monotonic()
         try:
-            batches = [self.batches.batch(window.epoch, index) for index in window.indices]
+            step = self.begun()
         except KeyboardInterrupt:
             if not self.stop():
                 raise
             restore_rng(random_state)  # who writes its batches itself gave up, as it was asked to
             return
-        unseen = self.parameters.keys() - self._learnt
-        with watched(self.model, unseen) if unseen else nullcontext() as first:
+        with self.watching() as first:
             stats = optimizer_step(
                 self.model,
                 self.objective,
-                batches,
+                step.batches,
                 self.parameters,
                 self.optimizer,
                 max_grad_norm=self.settings.max_grad_norm,
@@ -127,9 +132,27 @@ class Session(Generic[B]):
         if stats.outcome == "stopped":
             restore_rng(random_state)  # as if this window had never begun
             return
+        self.finish(step, stats, first)
+
+    def begun(self) -> Step[B]:
+        """The next step, with its batches and its learning rate in place."""
+        window = self.timeline.at(self.progress.step)
+        rate = learning_rate(self.progress.step, self.total, self.settings)
+        set_learning_rate(self.optimizer, rate)
+        started = time.monotonic()
+        batches = [self.batches.batch(window.epoch, index) for index in window.indices]
+        return Step(window, rate, started, batches)
+
+    def watching(self) -> AbstractContextManager[FirstStep | None]:
+        """Inside, layers with parameters that were never seen to learn note that they run."""
+        unseen = self.parameters.keys() - self._learnt
+        return watched(self.model, unseen) if unseen else nullcontext()
+
+    def finish(self, step: Step[B], stats: StepStats, first: FirstStep | None) -> None:
+        """Count the step, and say what it did."""
         self._advance(stats)
         if stats.outcome == "applied":
-            self._report(stats, window, rate, time.monotonic() - started)
+            self._report(stats, step.window, step.rate, time.monotonic() - step.started)
             if first is not None:
                 self._after_first(first, stats)
         else:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.errors import TrainingError
-from graftlm.training.interfaces import B, EnterPhase, Objective, StopAsked, not_measured
+from graftlm.training.interfaces import B, Batch, EnterPhase, Objective, StopAsked, not_measured
+from graftlm.training.out_of_memory import memory_errors
 
 Outcome = Literal["applied", "no_targets", "non_finite", "stopped"]
 
@@ -69,22 +70,43 @@ def optimizer_step(
         if done is None:
             return StepStats("stopped", math.nan, math.nan, 0, 0, rows)
         enter("update")
-        counted = sum(parts.target_tokens for parts in done)
-        if counted == 0:
-            return StepStats("no_targets", math.nan, math.nan, 0, real, rows)
-        gradients = _gradients(parameters, planned / counted)
-        sums, norm = _to_host(done, gradients)
-        loss = math.fsum(sums) / counted if all(map(math.isfinite, sums)) else math.nan
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            guilty = [batch for batch, value in zip(useful, sums, strict=True) if not math.isfinite(value)]
-            rows = tuple(row for batch in guilty or useful for row in batch.rows)
-            return StepStats("non_finite", loss, norm, counted, real, rows, _non_finite(gradients))
-        _clip(list(gradients.values()), norm, max_grad_norm)
-        optimizer.step()
-        without = tuple(name for name in parameters if name not in gradients)
-        return StepStats("applied", loss, norm, counted, real, rows, without, _mean(done))
+        return updated(window, done, parameters, optimizer, max_grad_norm=max_grad_norm)
     finally:
         optimizer.zero_grad(set_to_none=True)
+
+
+def updated(
+    window: Sequence[Batch],
+    done: Sequence[Done],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float | None,
+) -> StepStats:
+    """One update, if loss and gradients are finite. `done` are the losses of those batches of the `window`
+    that have targets; gradients are those of their sum over the targets of the whole window.
+
+    Raises:
+        TrainingError: no gradient reaches any parameter.
+    """
+    useful = [batch for batch in window if batch.target_tokens]
+    planned = sum(batch.target_tokens for batch in useful)
+    real = sum(batch.real_tokens for batch in window)
+    rows = tuple(row for batch in window for row in batch.rows)
+    counted = sum(parts.target_tokens for parts in done)
+    if counted == 0:
+        return StepStats("no_targets", math.nan, math.nan, 0, real, rows)
+    gradients = _gradients(parameters, planned / counted)
+    sums, norm = _to_host(done, gradients)
+    loss = math.fsum(sums) / counted if all(map(math.isfinite, sums)) else math.nan
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        guilty = [batch for batch, value in zip(useful, sums, strict=True) if not math.isfinite(value)]
+        rows = tuple(row for batch in guilty or useful for row in batch.rows)
+        return StepStats("non_finite", loss, norm, counted, real, rows, _non_finite(gradients))
+    _clip(list(gradients.values()), norm, max_grad_norm)
+    optimizer.step()
+    without = tuple(name for name in parameters if name not in gradients)
+    return StepStats("applied", loss, norm, counted, real, rows, without, _mean(done))
 
 
 def _accumulate(
@@ -95,11 +117,11 @@ def _accumulate(
     planned: int,
     stop_asked: StopAsked,
     enter: EnterPhase,
-) -> list[_Done] | None:
+) -> list[Done] | None:
     """Gradients of (loss sum / planned) over the window; None if asked to stop on the way."""
     device = next(iter(parameters.values())).device
     done = []
-    try:
+    with memory_errors(device):
         for batch in window:
             if stop_asked():
                 return None
@@ -108,14 +130,12 @@ def _accumulate(
             enter("backward")
             if parts.target_tokens:
                 (parts.loss_sum / planned).backward()
-            done.append(_Done(parts.loss_sum.detach(), parts.target_tokens, parts.metrics))
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(error, device) from error
+            done.append(Done(parts.loss_sum.detach(), parts.target_tokens, parts.metrics))
     return None if stop_asked() else done
 
 
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """`LossParts` without its graph."""
 
     loss_sum: Tensor
@@ -152,7 +172,7 @@ def _gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> dict[str
     return gradients
 
 
-def _to_host(done: Sequence[_Done], gradients: Mapping[str, Tensor]) -> tuple[list[float], float]:
+def _to_host(done: Sequence[Done], gradients: Mapping[str, Tensor]) -> tuple[list[float], float]:
     """Loss sums and gradient norm as numbers: the one place where the host waits for the device."""
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
     norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
@@ -169,21 +189,12 @@ def _non_finite(gradients: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(name for name, grad in gradients.items() if not bool(torch.isfinite(grad).all()))
 
 
-def _mean(done: Sequence[_Done]) -> dict[str, float]:
+def _mean(done: Sequence[Done]) -> dict[str, float]:
     """Metrics averaged over the window by target tokens."""
     names = dict.fromkeys(name for parts in done for name in parts.metrics)
     return {name: _weighted([parts for parts in done if name in parts.metrics], name) for name in names}
 
 
-def _weighted(done: Sequence[_Done], name: str) -> float:
+def _weighted(done: Sequence[Done], name: str) -> float:
     weight = sum(parts.target_tokens for parts in done)
     return sum(parts.metrics[name] * parts.target_tokens for parts in done) / max(1, weight)
-
-
-def _out_of_memory(error: torch.OutOfMemoryError, device: torch.device) -> TrainingError:
-    return TrainingError(
-        f"Out of memory on {device}: {str(error).splitlines()[0]}",
-        meaning="One micro-batch does not fit; the last checkpoint is intact.",
-        fix="Halve per_device_train_batch_size and double gradient_accumulation_steps (the same result), "
-        "set gradient_checkpointing: true, or shorten max_length; then start in a new folder.",
-    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 from graftlm.core.errors import DataError
-from graftlm.training.interfaces import Batch, BatchSource, TrainSettings
+from graftlm.training.interfaces import B, Batch, BatchSource, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class Window:
     def epochs_done(self) -> float:
         """Epochs finished once this window is done, with its fraction."""
         return self.epoch + self.indices.stop / self.batches_in_epoch
+
+
+@dataclass(frozen=True)
+class Step(Generic[B]):
+    """A step that has begun: its micro-batches, its learning rate, and when that was (`time.monotonic`)."""
+
+    window: Window
+    rate: float
+    started: float
+    batches: Sequence[B]
 
 
 class Timeline:

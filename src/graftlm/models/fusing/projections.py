@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.kernels.adapted import adapted_linears
+from graftlm.kernels.stacked import linears
 from graftlm.methods.families import is_linear
 from graftlm.methods.site import Site
 from graftlm.models.fusing.base import Forward
@@ -56,7 +56,7 @@ class Projections:
 def projections(model: nn.Module) -> Projections:
     """The adapted linear layers of a model."""
     sites = {path: module for path, module in model.named_modules() if isinstance(module, Site)}
-    seen = _observed(model, sites) if any(site.shown for site in sites.values()) else {}
+    seen = _observed(model, sites) if any(site.shown or site.lanes for site in sites.values()) else {}
     whole = [path for path, call in seen.items() if call.is_whole]
     alike: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for path in whole:
@@ -159,11 +159,11 @@ class _Group:
         is_same = bool(self.key) and x is self.key[0] and key[1:] == self.key[1:]
         if not is_same or site not in self.waiting:
             self.forget()
-            linears = [adapted for one in self.sites if (adapted := one.adapted(x)) is not None]
-            if len(linears) < len(self.sites):
+            ones = [adapted for one in self.sites if (adapted := one.adapted(x)) is not None]
+            if len(ones) < len(self.sites):
                 return None
             self.key = key
-            self.waiting = dict(zip(self.sites, adapted_linears(x, linears), strict=True))
+            self.waiting = dict(zip(self.sites, linears(x, ones), strict=True))
         output = self.waiting.pop(site)
         if not self.waiting:
             self.forget()
