@@ -61,6 +61,8 @@ class TimeEstimate:
     decoding of a packed base, recomputation, operations."""
     is_calibrated: bool = False
     """Whether a real step of this very run is behind it."""
+    base_seconds: float = 0.0
+    """Of the part `evaluate`: what measuring the base takes, before the first step."""
 
     @property
     def seconds(self) -> float:

@@ -21,6 +21,11 @@ class Rates:
     """Bytes per second in which weights are read."""
     is_measured: bool = False
     """False where the figures come from a table."""
+    attention: Mapping[str, float] = field(default_factory=dict)
+    """Operations per second of attention over documents, forward and backward, by dtype; where a dtype is
+    absent, a share of the matrix rate."""
+    decoding: float = 0.0
+    """Values of a packed weight that are decoded per second; 0: bytes at the bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Machine:
     """Where the figures come from: `measured here on 2026-01-31`, `the table of GPUs`, or a file."""
     idle_bytes: int = 0
     """What a process takes on this device before it has loaded a model: libraries, the CUDA context."""
+    start_seconds: float = 6.0
+    """From the command to its first line of work: Python and its libraries."""
     price_per_hour: float | None = None
     """In the currency that the user thinks in; None where nobody told."""
     notes: tuple[str, ...] = field(default=())

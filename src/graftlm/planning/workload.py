@@ -32,6 +32,17 @@ class Workload:
     save_steps: int
     is_counted: bool = True
     """False where tokens were estimated from characters, without a tokenizer."""
+    longest_row: int = 0
+    """Tokens of the longest row that is trained on; 0 where nobody counted."""
+    longest_held_out: int = 0
+    """Tokens of the longest row that is held out; 0 where nobody counted."""
+    longest_answer: int = 0
+    """Labelled tokens of the longest held-out row with a prompt; 0 where there is none, or not counted."""
+
+    mean_micro_batches: float = 0.0
+    """Per optimizer step, the short last step of an epoch included; 0: `micro_batches`."""
+    mean_step_tokens: float = 0.0
+    """Real tokens of the mean optimizer step; 0 where nobody counted."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
