@@ -9,6 +9,7 @@ from typing import Any
 from graftlm.diagnosis.facts.adapter import AdapterFacts
 from graftlm.diagnosis.facts.behaviour import BehaviourFacts
 from graftlm.diagnosis.facts.data import DataFacts
+from graftlm.diagnosis.facts.structure import StructureFacts
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Evidence:
     data: DataFacts | None = None
     adapter: AdapterFacts | None = None
     behaviour: BehaviourFacts | None = None
+    structure: StructureFacts | None = None
     is_over: bool = False
     """Whether the run has ended: some rules judge trends only then."""
 
     @property
     def method(self) -> str:
         """`lora`, `prefix` ..."""
-        return str(self.recipe.get("method", {}).get("type", ""))
+        found = self.recipe.get("method")
+        return str(found.get("type", "")) if isinstance(found, Mapping) else str(found or "")
 
     @property
     def task(self) -> str:

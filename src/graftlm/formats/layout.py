@@ -184,9 +184,9 @@ def check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, stri
     Raises:
         FormatError: they differ, and `strict` is true; otherwise it is a warning.
     """
-    if not (directory / EXTRA).is_file():
+    theirs = _stored_base(directory)
+    if theirs is None:
         return
-    theirs = BaseIdentity.from_dict(_read_json(directory / EXTRA), str(directory / EXTRA))
     ours = identify(model, without=copied)
     if ours.is_same(theirs) or ours.is_close(theirs):
         _say_other_storage(directory, theirs, ours)
@@ -199,6 +199,18 @@ def check_base(model: nn.Module, directory: Path, copied: Sequence[str], *, stri
             fix="Load the base that it names. From Python, strict=False skips this check.",
         )
     warnings.warn(message, stacklevel=5)
+
+
+def other_base(adapters: AdapterSet, directory: Path, name: str) -> BaseIdentity | None:
+    """The base that `graft.json` in `directory` names, where it is another one than this model; else None."""
+    theirs = _stored_base(directory)
+    ours = identify(adapters.model, without=_copied(adapters, name))
+    return None if theirs is None or ours.is_same(theirs) or ours.is_close(theirs) else theirs
+
+
+def _stored_base(directory: Path) -> BaseIdentity | None:
+    path = directory / EXTRA
+    return BaseIdentity.from_dict(_read_json(path), str(path)) if path.is_file() else None
 
 
 def _say_other_storage(directory: Path, theirs: BaseIdentity, ours: BaseIdentity) -> None:
@@ -217,15 +229,7 @@ def fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: st
         FormatError: a tensor is missing, unexpected or of another shape; nothing was put.
     """
     parts = adapters.parts(name)
-    wanted = _held(adapters, name)
-    problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]
-    for key in sorted(tensors.keys() - wanted.keys()):
-        problems += _unexpected(adapters.model, key, tensors[key])
-    for key in sorted(wanted.keys() & tensors.keys()):
-        shape = wanted[key].tensor.shape
-        if shape != tensors[key].shape:
-            problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(shape)}")
-            del wanted[key]
+    wanted, problems = _fitting(adapters, name, tensors)
     if problems and strict:
         raise FormatError(
             f"{source} does not fit this model ({len(problems)} tensors).",
@@ -243,6 +247,28 @@ def fill(adapters: AdapterSet, name: str, tensors: dict[str, Tensor], source: st
         found.setdefault(wanted[key].path, {})[wanted[key].name] = tensors[key]
     for path, own in found.items():
         parts[path].load_saved(own)
+
+
+def misfits(adapters: AdapterSet, name: str, tensors: dict[str, Tensor]) -> list[str]:
+    """Every tensor of a file, by key, that an adapter has no place for, or not of that shape, and every one
+    that the file lacks: what `fill` refuses. Empty where all fits."""
+    return _fitting(adapters, name, tensors)[1]
+
+
+def _fitting(
+    adapters: AdapterSet, name: str, tensors: dict[str, Tensor]
+) -> tuple[dict[str, _Held], list[str]]:
+    """What the adapter holds, without what has another shape in the file; and all that does not fit."""
+    wanted = _held(adapters, name)
+    problems = [f"missing: {key}" for key in sorted(wanted.keys() - tensors.keys())]
+    for key in sorted(tensors.keys() - wanted.keys()):
+        problems += _unexpected(adapters.model, key, tensors[key])
+    for key in sorted(wanted.keys() & tensors.keys()):
+        shape = wanted[key].tensor.shape
+        if shape != tensors[key].shape:
+            problems.append(f"shape of {key}: {list(tensors[key].shape)}, expected {list(shape)}")
+            del wanted[key]
+    return wanted, problems
 
 
 def _unexpected(model: nn.Module, key: str, tensor: Tensor) -> list[str]:

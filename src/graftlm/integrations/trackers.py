@@ -12,6 +12,7 @@ from graftlm.training.callbacks import Callback, Event
 SCALARS = {
     "step": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"),
     "evaluate": ("loss",),
+    "adapter": ("median", "largest"),
 }
 """Figures by kind of event; shown as train/loss, evaluate/loss, ... Those of the task join them."""
 
