@@ -1,0 +1,1 @@
+"""`graft search`: many trials on one loaded base."""
