@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Measured rates and the history of runs are those of tests alone; kept, so that they are measured once.
+os.environ.setdefault("GRAFT_CACHE", str(Path(tempfile.gettempdir()) / f"graft-test-cache-{os.getuid()}"))
 # Models of tests are too small for two threads, which on a busy machine wait for each other most of the time.
 # Set before torch is imported, so that processes which tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -69,6 +69,7 @@ IMPORT_NAMES = {
     "liger-kernel": "liger_kernel",
     "prometheus-client": "prometheus_client",
     "rouge-score": "rouge_score",
+    "pillow": "PIL",
 }
 
 

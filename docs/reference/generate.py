@@ -21,7 +21,7 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.task_section import TaskChoice
 
 HERE = Path(__file__).parent
-VERBS = ("demo", "check", "tune", "eval", "merge", "combine", "chat", "env")
+VERBS = ("demo", "check", "plan", "tune", "eval", "search", "diagnose", "merge", "combine", "chat", "env")
 
 
 def recipe_page() -> str:

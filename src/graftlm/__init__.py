@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from graftlm.api import check as check
     from graftlm.api import combine as combine
     from graftlm.api import demo as demo
+    from graftlm.api import diagnose as diagnose
     from graftlm.api import env as env
     from graftlm.api import evaluate as evaluate
+    from graftlm.api import machine as machine
     from graftlm.api import merge as merge
+    from graftlm.api import plan as plan
+    from graftlm.api import search as search
     from graftlm.api import tune as tune
     from graftlm.core.errors import GraftError as GraftError
     from graftlm.methods.adapter_set import AdapterSet as AdapterSet
@@ -42,7 +46,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(
-        ("adapters", "attach", "chat", "check", "combine", "demo", "env", "evaluate", "merge", "tune"),
+        (
+            *("adapters", "attach", "chat", "check", "combine", "demo", "diagnose", "env", "evaluate"),
+            *("machine", "merge", "plan", "search", "tune"),
+        ),
         "graftlm.api",
     ),
     "GraftError": "graftlm.core.errors",

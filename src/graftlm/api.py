@@ -13,12 +13,17 @@ from graftlm.methods import attach as attaching
 from graftlm.methods.adapter_set import AdapterSet, ParameterType
 from graftlm.methods.base import MethodConfig
 from graftlm.models.attach import attach_from_base
+from graftlm.planning.hardware import this_machine
+from graftlm.planning.machine import Machine
 from graftlm.verbs.chat import chat as chat
 from graftlm.verbs.check import check as check
 from graftlm.verbs.combine import combine as combine
 from graftlm.verbs.demo import demo as demo
+from graftlm.verbs.diagnose import diagnose as diagnose
 from graftlm.verbs.evaluate import evaluate as evaluate
 from graftlm.verbs.merge import merge as merge
+from graftlm.verbs.planning import plan as plan
+from graftlm.verbs.search import search as search
 from graftlm.verbs.tune import tune as tune
 
 
@@ -62,3 +67,12 @@ def adapters(model: nn.Module) -> AdapterSet | None:
 def env() -> Environment:
     """The machine, versions, and which fast paths are on."""
     return describe_environment()
+
+
+def machine(*, measure: bool = False) -> Machine:
+    """This machine with its rates, as `plan` sees it: kept from an earlier measurement, else assumed.
+
+    Args:
+        measure: measure the rates now, where no good measurement is kept: some seconds.
+    """
+    return this_machine(calibrate=measure)

@@ -14,16 +14,53 @@ import pytest
 from graftlm.cli.main import app
 from graftlm.core.version import __version__
 
-VERBS = ("demo", "tune", "check", "eval", "merge", "chat", "combine", "env")
+VERBS = ("demo", "tune", "check", "plan", "eval", "diagnose", "merge", "chat", "combine", "env", "search")
 OPTIONS = {
     "demo": {"--out"},
     "tune": {"--model", "--method", "--task", "--out", "--set", "--resume"},
     "check": {"--model", "--task", "--set", "--max-length", "--format", "--template"},
+    "plan": {
+        *(
+            "--model",
+            "--method",
+            "--task",
+            "--set",
+            "--deadline",
+            "--budget",
+            "--latency-critical",
+            "--tasks",
+        ),
+        *(
+            "--quality-first",
+            "--gpu",
+            "--gpu-memory",
+            "--machine",
+            "--price-per-hour",
+            "--recipe",
+            "--picture",
+        ),
+        *("--all", "--calibrate"),
+    },
     "eval": {"--data", "--against", "--base", "--limit"},
+    "diagnose": {"--base", "--data", "--deep", "--adapter", "--beside", "--safety", "--known", "--served"},
     "merge": {"--base", "--dtype", "--force", "--into", "--out", "--requantize"},
     "chat": {"--base", "--prompt", "--max-new-tokens"},
     "combine": {"--base", "--density", "--how", "--majority-sign", "--out", "--rank", "--seed"},
-    "env": set(),
+    "env": {"--measure"},
+    "search": {
+        *(
+            "--model",
+            "--space",
+            "--ladder",
+            "--method",
+            "--task",
+            "--set",
+            "--budget",
+            "--metric",
+            "--against",
+        ),
+        *("--sampler", "--stopping", "--together", "--seed", "--out", "--workers", "--on", "--resume"),
+    },
 }
 
 

@@ -41,9 +41,11 @@ def test_env(graft: Callable[..., Any]) -> None:
     plain = graft("env")
     assert plain.code == 0
     assert "fast paths" in plain.out
+    assert "matrix products" in plain.out
     machine = graft("env", "--json")
     assert machine.code == 0
-    assert {"graft", "python", "cpu", "cores", "packages", "extras", "fast_paths"} <= set(machine.json)
+    assert {"graft", "python", "cpu", "cores", "packages", "extras", "fast_paths", "machine"} <= set(machine.json)
+    assert machine.json["machine"]["rates"]["matrix"]["float32"] > 0
 
 
 def test_check_reads_real_rows(graft: Callable[..., Any], tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_the_run_folder_is_complete(tuned: TuneResult) -> None:
 
 def test_what_it_says(tuned: TuneResult) -> None:
     assert tuned.passed
-    assert [line.partition(":")[0] for line in tuned.lines] == ["Data", "Plan", "Train", "Evaluate", "Verify"]
+    stages = [line.partition(":")[0] for line in tuned.lines]
+    assert stages == ["Data", "Plan", "Train", "Evaluate", "Verify", "Diagnose"]
     figures = tuned.as_dict()
     assert figures["after"]["held_out_loss"] < figures["before"]["held_out_loss"]
     assert figures["merge"]["is_same_model"]

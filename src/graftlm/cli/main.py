@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from graftlm.cli import adapters, combine, data, env, evaluate, tune
+from graftlm.cli import adapters, combine, data, diagnose, env, evaluate, plan, search, tune
 from graftlm.cli.errors import Interrupted, report
 from graftlm.cli.options import FLAG, examples
 from graftlm.core.notices import notice
@@ -29,7 +29,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
-for group in (tune, data, evaluate, adapters, combine, env):
+for group in (tune, data, plan, evaluate, diagnose, adapters, combine, env, search):
     group.register(app)
 
 

@@ -22,7 +22,7 @@ class Series:
 
     label: str
     points: Points
-    tone: Literal["accent", "ink"] = "accent"
+    tone: Literal["accent", "ink", "before", "limit"] = "accent"
     marks: Literal["line", "smoothed", "dots"] = "line"
 
 
@@ -42,7 +42,12 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, from_zero: bool = False, show: Callable[[float], str] = precise
+    title: str,
+    series: Sequence[Series],
+    *,
+    from_zero: bool = False,
+    show: Callable[[float], str] = precise,
+    x_name: str = "step",
 ) -> str:
     """A figure of curves over steps, with axes, a legend (for more than one) and a hover title per column."""
     drawn = [line for line in series if line.points]
@@ -62,10 +67,10 @@ def line_chart(
     def y(value: float) -> float:
         return 100 - (value - y_low) / (y_high - y_low) * 100
 
-    body = [_y_axis(y_low, y_high, y), _x_axis(x_low, x_high, x)]
+    body = [_y_axis(y_low, y_high, y), _x_axis(x_low, x_high, x, x_name)]
     body += [_curve(line, x, y) for line in drawn]
-    body.append(_bands(drawn, x, show))
-    summary = "; ".join(_summary(line, show) for line in drawn)
+    body.append(_bands(drawn, x, show, x_name))
+    summary = "; ".join(_summary(line, show, x_name) for line in drawn)
     legend = "".join(f'<span class="key {line.tone}">{text(line.label)}</span>' for line in drawn)
     return (
         f'<figure class="chart"><figcaption><span class="name">{text(title)}</span>'
@@ -167,15 +172,15 @@ def _y_axis(low: float, high: float, y: Callable[[float], float]) -> str:
     )
 
 
-def _x_axis(low: float, high: float, x: Callable[[float], float]) -> str:
+def _x_axis(low: float, high: float, x: Callable[[float], float], named: str) -> str:
     marks = [mark for mark in ticks(low, high, 4) if mark == int(mark)]
     labels = "".join(
         f'<text class="tick" x="{x(mark):.2f}%" y="100%" dy="18"'
         f' text-anchor="{_anchor(x(mark))}">{short(mark)}</text>'
         for mark in marks
-        if x(mark) < 84  # room for the axis name
+        if x(mark) < 100 - 4 * len(named)  # room for the axis name
     )
-    name = '<text class="tick" x="100%" y="100%" dy="18" text-anchor="end">step</text>'
+    name = f'<text class="tick" x="100%" y="100%" dy="18" text-anchor="end">{text(named)}</text>'
     return f'<line class="axis" x1="0" x2="100%" y1="100%" y2="100%"/>{labels}{name}'
 
 
@@ -209,7 +214,9 @@ def _path(points: Points, x: Callable[[float], float], y: Callable[[float], floa
     )
 
 
-def _bands(drawn: Sequence[Series], x: Callable[[float], float], show: Callable[[float], str]) -> str:
+def _bands(
+    drawn: Sequence[Series], x: Callable[[float], float], show: Callable[[float], str], named: str
+) -> str:
     """Invisible columns over the plot that carry the values as titles."""
     steps = sorted({step for line in drawn for step, _ in line.points})
     stride = math.ceil(len(steps) / _COLUMNS)
@@ -221,7 +228,7 @@ def _bands(drawn: Sequence[Series], x: Callable[[float], float], show: Callable[
         left = 0.0 if place == 0 else (x(kept[place - 1]) + x(step)) / 2
         right = 100.0 if place == len(kept) - 1 else (x(step) + x(kept[place + 1])) / 2
         shown = [f"{label} {show(table[step])}" for label, table in tables if step in table]
-        title = text(f"step {step:,.0f}: " + ", ".join(shown))
+        title = text(f"{named} {step:,.0f}: " + ", ".join(shown))
         out.append(
             f'<rect class="band" x="{left:.2f}%" y="0" width="{right - left:.2f}%" height="100%">'
             f"<title>{title}</title></rect>"
@@ -229,6 +236,6 @@ def _bands(drawn: Sequence[Series], x: Callable[[float], float], show: Callable[
     return "".join(out)
 
 
-def _summary(line: Series, show: Callable[[float], str]) -> str:
+def _summary(line: Series, show: Callable[[float], str], named: str) -> str:
     (first, start), (last, end) = line.points[0], line.points[-1]
-    return f"{line.label} from {show(start)} at step {first:,.0f} to {show(end)} at step {last:,.0f}"
+    return f"{line.label} from {show(start)} at {named} {first:,.0f} to {show(end)} at {named} {last:,.0f}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from graftlm.diagnosis.finding import Finding
 from graftlm.evaluation.compare import Comparison, Forgetting
 from graftlm.evaluation.verdict import Verdict
 
@@ -98,6 +99,24 @@ class MemoryFacts:
 
 
 @dataclass(frozen=True)
+class PredictedFigure:
+    """Bytes or seconds as predicted before the first step, and as they were; None where nobody measured."""
+
+    name: str
+    predicted: float
+    actual: float | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted of a run: peaks in bytes by phase, seconds by part."""
+
+    peaks: tuple[PredictedFigure, ...]
+    times: tuple[PredictedFigure, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class MergeCheck:
     """The merged model against base + adapter on `probes` inputs; KL in nats per token."""
 
@@ -169,11 +188,13 @@ class ReportData:
     created: str
     verdict: Verdict | None = None
     notices: tuple[Notice, ...] = ()
+    findings: tuple[Finding, ...] = ()
     comparison: Comparison | None = None
     forgetting: Forgetting | None = None
     curves: Curves | None = None
     training: TrainingFacts | None = None
     memory: MemoryFacts | None = None
+    predictions: Predictions | None = None
     merge: MergeCheck | None = None
     data: DataFacts | None = None
     sheets: tuple[Sheet, ...] = ()

@@ -14,8 +14,10 @@ from graftlm.evaluation.report_facts import (
     sheet_section,
     training_section,
 )
+from graftlm.evaluation.report_findings import findings_section
 from graftlm.evaluation.report_measures import labels_section
 from graftlm.evaluation.report_memory import memory_section
+from graftlm.evaluation.report_prediction import prediction_section
 from graftlm.evaluation.report_results import before_and_after, samples_section, tiles, verdict_section
 from graftlm.evaluation.report_style import style_sheet
 from graftlm.evaluation.report_text import text
@@ -29,12 +31,14 @@ def page(data: ReportData) -> str:
     sections = [
         tiles(data),
         notices_section(data.notices),
+        findings_section(data.findings),
         before_and_after(data.comparison, data.forgetting),
         labels_section(data.comparison.labels if data.comparison else None),
         curves_section(data.curves),
         samples_section(data.comparison),
         training_section(data.training),
         memory_section(data.memory),
+        prediction_section(data.predictions),
         merge_section(data.merge),
         data_section(data.data),
         *(sheet_section(sheet) for sheet in data.sheets),

@@ -119,6 +119,7 @@ figcaption .name{font-weight:600;margin-right:auto}
 .key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;background:var(--mark);
  margin-right:6px;vertical-align:middle}
 .accent{--mark:var(--accent)}.before{--mark:var(--before)}.key.ink,g.ink{--mark:var(--ink)}
+.limit{--mark:var(--bad)}g.limit .line{stroke-dasharray:6 5;stroke-width:1.5}
 .plot{padding:4px 4px 28px 44px}
 .plot svg{display:block;overflow:visible}
 .intervals{padding-left:56px;padding-bottom:30px}
@@ -154,6 +155,11 @@ dl+table,dl+.note,table+.note,table+table,.note+table{margin-top:24px}
 .notices{list-style:none;margin:16px 0 0;padding:0}
 .notices li{padding:14px 20px;border-radius:8px;background:var(--soft);margin-bottom:8px;font-size:15px}
 .notices .is-warning{background:var(--warn-soft)}
+.finding{margin-bottom:16px;border-inline-start:4px solid var(--tone);--tone:var(--accent)}
+.finding.error{--tone:var(--bad)}.finding.warning{--tone:var(--warn)}
+.finding h3{margin:0 0 4px}.finding .who b{color:var(--tone)}
+.finding dl{display:block}.finding dl>div{margin-top:12px}
+.finding .plots{margin-top:20px}.finding .chart{border:0;padding:0}
 .notices b{font-weight:600;margin-right:8px}.notices .is-warning b{color:var(--warn)}
 code,pre{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 pre{margin:0;white-space:pre-wrap}

@@ -13,6 +13,9 @@ from graftlm.quant.linear import QuantisedLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+PLAIN: set[type] = {Tensor, nn.Parameter}
+"""Types of tensors that are nothing but their values. A rehearsal without values adds its own."""
+
 
 def frozen(layer: object, x: Tensor) -> Frozen | None:
     """The layer, if `layer(x)` is nothing but its own product in the dtype of x.
@@ -49,4 +52,4 @@ def _is_plain(tensor: Tensor | None) -> bool:
     """Whether nothing but its values counts: not trained, no tensor type of its own."""
     if tensor is None:
         return True
-    return type(tensor) in (Tensor, nn.Parameter) and not (tensor.requires_grad and torch.is_grad_enabled())
+    return type(tensor) in PLAIN and not (tensor.requires_grad and torch.is_grad_enabled())

@@ -28,12 +28,13 @@ class Told:
     why: str
 
 
-def told(path: str, format: str, base: str | None) -> Told:
+def told(path: str, format: str, base: str | None, kind: BaseKind | None = None) -> Told:
     """The task for these data on this base.
 
     Words with tags are token classification, pairs of answers DPO, marked answers KTO, texts with labels
     classification; where none of that is there, an encoder-decoder learns seq2seq, and any other base sft.
-    A format that the user names says what the rows are. Without a base it is taken for one that writes.
+    A format that the user names says what the rows are. Without a base it is taken for one that writes. `kind`:
+    of the base, where it is known already.
 
     Raises:
         DataError: the data cannot be read; ModelError: there is no such base.
@@ -45,7 +46,7 @@ def told(path: str, format: str, base: str | None) -> Told:
         return Told("token_classification", f"{why}: words with a tag each")
     if named == "auto" and (judged := _judged(rows)) is not None:
         return judged
-    kind = "causal" if base is None else base_kind(base)
+    kind = kind or ("causal" if base is None else base_kind(base))
     if named in LABELLED or named == "auto":
         labelled = _labelled(rows, format, kind)
         if labelled is not None:

@@ -107,7 +107,7 @@ def read_split(section: DataSection, seed: int, convert: Convert[X]) -> RawDatas
     """
     records, found = read_records(section.path, section.format, section.bad_rows, convert)
     if section.eval_path is None:
-        train, held_out = split(records, section.eval_fraction, seed)
+        train, held_out = split(records, section.eval_fraction, seed, together=section.hold_out)
     else:
         train, held_out = records, held_out_records(section.eval_path, section, convert)[0]
     if not held_out:

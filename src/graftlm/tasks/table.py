@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from graftlm.models.base_kind import BaseKind
 from graftlm.objectives.multi import MULTI
 from graftlm.objectives.settings import AUTO
 from graftlm.tasks.auto import told
@@ -40,17 +41,18 @@ TASKS: Mapping[str, type[Task[Any]]] = {
 }
 
 
-def task_of(recipe: Recipe) -> Task[Any]:
-    """The task of a recipe; `auto` is told from the data and the base, and `why` says what was seen.
+def task_of(recipe: Recipe, kind: BaseKind | None = None) -> Task[Any]:
+    """The task of a recipe; `auto` is told from the data and the base, and `why` says what was seen. `kind`: of
+    the base, where it is known already.
 
     Raises:
         DataError: the data cannot be read, or have no known shape; ModelError: there is no such base.
     """
     if recipe.task.type == MULTI:
-        return MultiTask(recipe, {name: task_of(part) for name, part in parts_of(recipe).items()})
+        return MultiTask(recipe, {name: task_of(part, kind) for name, part in parts_of(recipe).items()})
     if recipe.task.type != AUTO:
         return TASKS[recipe.task.type](recipe)
-    found = told(recipe.data.path, recipe.data.format, recipe.model.name)
+    found = told(recipe.data.path, recipe.data.format, recipe.model.name, kind)
     task = TASKS[found.task](recipe.model_copy(update={"task": TaskChoice.parse(found.task)}))
     task.why = found.why
     return task

@@ -96,7 +96,7 @@ def evaluate(
         GraftError: in three parts.
     """
     reference = adapter_reference(str(adapter), base)
-    recipe = _recipe(reference, str(data))
+    recipe = recipe_on(reference, str(data))
     task = task_of(recipe)
     task.read_held_out(limit)
     model, tokenizer = load_base(recipe.model, reference.base, ending=task.ending)
@@ -116,7 +116,7 @@ def evaluate(
     return EvalResult(comparison, verdict(comparison), str(data))
 
 
-def _recipe(reference: Reference, data: str) -> Recipe:
+def recipe_on(reference: Reference, data: str) -> Recipe:
     """The settings the adapter was trained with where its run is known, on other data."""
     if reference.run is None:
         recipe = Recipe(model=section_of(reference), data=DataSection(path=data))

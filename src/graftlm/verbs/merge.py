@@ -7,6 +7,7 @@ merged into by default: dense, in 16 bits. The original weights, and weights in 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from graftlm.verbs.merge_proof import (
 from graftlm.verbs.outputs import require_new_output
 from graftlm.verbs.references import Reference, adapter_reference
 
+PROOF = "graft-merge.json"
+"""In a merged model: what was merged, and what proved it."""
 INTO = ("trained", "original")
 """Which weights of a quantised base: those that the adapter was trained on, or those before quantising."""
 
@@ -175,8 +178,10 @@ def merge(
             result = work.dense(staging, target)
         else:
             result = work.packed(staging, target, scheme, is_forced=force)
-        content = {"base": reference.base, **result.proof()}
-        write_atomic(staging / "graft-merge.json", json.dumps(content, indent=2) + "\n")
+        # From here to there: whoever moves run and merge together still finds the adapter.
+        adapter_from_here = Path(os.path.relpath(reference.adapter, target)).as_posix()
+        content = {"base": reference.base, "adapter": adapter_from_here, **result.proof()}
+        write_atomic(staging / PROOF, json.dumps(content, indent=2) + "\n")
     return result
 
 

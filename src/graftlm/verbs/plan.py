@@ -18,8 +18,9 @@ from graftlm.models.streaming.streamed import RESIDENT, placement_of
 from graftlm.objectives.base import Objective
 from graftlm.quant.facts import device_of, dtype_of, is_packed
 from graftlm.quant.weights import WeightHandle
-from graftlm.tasks.base import TaskBatches
+from graftlm.tasks.base import Task, TaskBatches
 from graftlm.tasks.dataset import Dataset, Row
+from graftlm.training.defaults import REFERENCE_WIDTH, usual_rate
 from graftlm.training.recipe import Recipe
 from graftlm.training.recompute import RecomputeChoice
 from graftlm.training.timeline import Timeline
@@ -52,6 +53,8 @@ class Plan:
     """Share of the packed windows that is text; the rest is padding. 1 where rows are not packed."""
     steps: int
     learning_rate: float
+    usual_learning_rate: float
+    """What Graft takes for this method, task and width where nobody writes a rate."""
     loss_path: str
     loss_path_why: str
     fused: str
@@ -92,7 +95,7 @@ def make_plan(
     recompute: RecomputeChoice,
     fusable: Fusable,
     acceleration: Acceleration,
-    task_why: str,
+    task: Task[Any],
 ) -> Plan:
     """The plan of a run whose adapter is attached."""
     trainable, total = adapters.count_parameters()
@@ -100,7 +103,7 @@ def make_plan(
     return Plan(
         base=recipe.model.name,
         task=recipe.task.type,
-        task_why=task_why,
+        task_why=task.why,
         device=str(device_of(model)),
         dtype=dtype_name(model),
         quantization=stored_as(model),
@@ -116,6 +119,7 @@ def make_plan(
         windows_filled=round(batches.packing_rate(), 4),
         steps=Timeline(batches, recipe.train.gradient_accumulation_steps).total_steps(recipe.train),
         learning_rate=recipe.train.learning_rate,
+        usual_learning_rate=usual_rate(recipe, width_of(model), task.rate_scale),
         loss_path=objective.path,
         loss_path_why=objective.why,
         fused=fusable.summary,
@@ -133,6 +137,12 @@ def why_of_plan(plan: Path) -> str | None:
         return None
     found = json.loads(plan.read_text(encoding="utf-8")).get("task_why")
     return found if isinstance(found, str) else None
+
+
+def width_of(model: nn.Module) -> int:
+    """What a learning rate is fitted to."""
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "hidden_size", REFERENCE_WIDTH))
 
 
 def dtype_name(model: nn.Module) -> str:

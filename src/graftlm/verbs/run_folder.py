@@ -19,6 +19,10 @@ from graftlm.verbs.references import ADAPTER, RECIPE
 
 PLAN, REPORT, REPORT_JSON, ENVIRONMENT = "plan.json", "report.html", "report.json", "environment.json"
 RUNS = Path("runs")
+SEARCH = "search.json"
+"""What the folder of a search holds."""
+FREE = ("output.", "train.on_failure")
+"""What may be asked for anew when a run goes on: it does not change its numbers."""
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -138,6 +142,7 @@ def open_existing(request: Request) -> tuple[RunFolder, Recipe]:
     Raises:
         CheckpointError: there is no run; ConfigError: the request contradicts the run's recipe.
     """
+    _refuse_search(Path(request.source))
     path = _run_to_resume(request)
     if path is None or not (path / RECIPE).is_file():
         raise CheckpointError(
@@ -158,9 +163,19 @@ def open_existing(request: Request) -> tuple[RunFolder, Recipe]:
         wanted["task"] = {**asked_for, "type": recipe.task.type}
     asked = build(Recipe, wanted, source="The command")
     _refuse_changes(recipe, asked)
-    # Who follows a run does not change its numbers, so that may be asked for anew.
     output = recipe.output.replace(report_to=asked.output.report_to)
-    return RunFolder(path), recipe.model_copy(update={"output": output})
+    train = recipe.train.replace(on_failure=asked.train.on_failure)
+    return RunFolder(path), recipe.model_copy(update={"output": output, "train": train})
+
+
+def _refuse_search(folder: Path) -> None:
+    """The folder of a search holds a recipe and an adapter, and is no run."""
+    if (folder / SEARCH).is_file():
+        raise UsageError(
+            f"{folder} is a search.",
+            meaning="It has many runs, one in each folder of its trials.",
+            fix=f"Go on with it: graft search {shlex.quote(str(folder))} --resume",
+        )
 
 
 def _run_to_resume(request: Request) -> Path | None:
@@ -187,7 +202,7 @@ def _refuse_changes(stored: Recipe, wanted: Recipe) -> None:
         for key in ours
         if ours[key] != theirs.get(key)
     ]
-    changed = [line for line in changed if not line.startswith("output.")]
+    changed = [line for line in changed if not line.startswith(FREE)]
     if changed:
         raise ConfigError(
             "The run was started with another recipe.",

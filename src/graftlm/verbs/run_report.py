@@ -15,6 +15,7 @@ from graftlm.evaluation.report_data import (
     MergeCheck,
     NextStep,
     Notice,
+    Predictions,
     ReportData,
     Sheet,
     TrainingFacts,
@@ -46,6 +47,7 @@ def report_data(
     events: Sequence[Mapping[str, Any]],
     notices: Sequence[str],
     memory: MemoryPhases,
+    predictions: Predictions | None,
 ) -> ReportData:
     """Everything that `report.html` shows of a finished run."""
     logged = (str(event["text"]) for event in events if event["kind"] == "notice")
@@ -60,6 +62,7 @@ def report_data(
         curves=curves_from_events(events),
         training=_training(plan, recipe, result, events),
         memory=memory_facts(events, memory),
+        predictions=predictions,
         merge=_merge(proof, plan),
         data=_data(recipe, task.dataset),
         sheets=_sheets(task),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from graftlm.evaluation.compare import Forgetting, compare, forgetting
 from graftlm.evaluation.joint_verdict import joint_verdict
 from graftlm.evaluation.measure_text import headline
 from graftlm.evaluation.report import write_report
+from graftlm.evaluation.report_data import Predictions
 from graftlm.evaluation.verdict import verdict
 from graftlm.integrations.trackers import trackers
 from graftlm.methods.resolve import resolve
@@ -40,9 +41,17 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.signals import StopRequests
 from graftlm.training.start import Resume
 from graftlm.verbs.base import load_base
-from graftlm.verbs.learner import Learner, attach_learner
+from graftlm.verbs.choosing import settled_by_plan
+from graftlm.verbs.diagnose import diagnose
+from graftlm.verbs.diagnosing.data import keep_data_facts
+from graftlm.verbs.diagnosing.live import LiveDiagnosis
+from graftlm.verbs.diagnosing.update_size import UpdateSize
+from graftlm.verbs.expectation import expected
+from graftlm.verbs.learner import NAME, Learner, attach_learner
 from graftlm.verbs.learners import Learners, attach_learners
-from graftlm.verbs.plan import Plan, dtype_name, stored_as, why_of_plan
+from graftlm.verbs.plan import Plan, dtype_name, stored_as, why_of_plan, width_of
+from graftlm.verbs.prediction import Prediction, keep_for_later, predict, set_beside, stored_prediction
+from graftlm.verbs.run_failures import failures_noted
 from graftlm.verbs.run_folder import ENVIRONMENT, PLAN, Request, RunFolder, open_existing, open_new
 from graftlm.verbs.run_report import report_data
 from graftlm.verbs.tune_result import Outcome, TuneResult, figures, lines
@@ -77,7 +86,9 @@ def tune(
     request = Request(str(source), options, tuple(overrides), Path(out) if out else None)
     folder, recipe = open_existing(request) if resume else open_new(request)
     with StopRequests() as stop:
-        return Tuning(folder, recipe, stop, "if_present" if resume else "never").run()
+        run = Tuning(folder, recipe, stop, "if_present" if resume else "never")
+        with failures_noted(folder, run.memory):
+            return run.run()
 
 
 class Tuning:
@@ -86,14 +97,18 @@ class Tuning:
     def __init__(self, folder: RunFolder, recipe: Recipe, stop: StopRequests, resume: Resume) -> None:
         self.folder, self.recipe, self.stop, self.resume = folder, recipe, stop, resume
         self.memory = MemoryPhases(choose_device(AUTO))
+        self.base_seconds = 0.0
+        """Of measuring the base before the first step."""
         self.task: Task[Any]
         self.known: KnownText | None
+        self.prediction: Prediction | None = None
 
     def run(self) -> TuneResult:
         """All stages in order."""
         self._load()
         with self.memory.during("evaluate"):
             known, before = self._measure_base()
+        self.base_seconds = self.memory.seconds().get("evaluate", 0.0)
         with self.memory.during("attach"):
             learner = self._attach()
         result = self._train(learner)
@@ -114,6 +129,8 @@ class Tuning:
             say(f"Task   {self.task.name} ({self.task.why})")
         self.task.read()  # a wrong path costs no loading of a model
         recipe = self.task.settled()
+        if self.resume == "never":  # a run that goes on has it all in its recipe
+            recipe = settled_by_plan(self.task, recipe)
         with self.memory.during("load"):
             self.model, self.tokenizer = load_base(recipe.model, ending=self.task.ending)
         self.task.require_base(self.model)
@@ -121,16 +138,16 @@ class Tuning:
             recipe, room_beside(recipe.method.config, context_length(self.model))
         )
         self.task.encode(self.tokenizer)
-        width = int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
         data = self.task.dataset
         recipe, notes = fitted(
-            self.task.recipe, [row.tokens for row in data.train], width, self.task.rate_scale
+            self.task.recipe, [row.tokens for row in data.train], width_of(self.model), self.task.rate_scale
         )
         self.recipe = self.task.recipe = recipe
         # What is wrong with targets or files stops here, before anything is written.
         resolve(self.model, self.task.method(self.model))
         self.known = known_from_file(recipe, self.tokenizer) if self.task.keeps_known_text else None
         self.folder.write_recipe(recipe)
+        keep_data_facts(self.folder.path, self.task, self.tokenizer)
         base = {"dtype": dtype_name(self.model), "quantization": stored_as(self.model)}
         self.folder.write_json(ENVIRONMENT, {**describe_environment().as_dict(), "base": base})
         say(f"Data   {len(data.train):,} rows to train on, {len(data.held_out):,} held out "
@@ -174,15 +191,21 @@ class Tuning:
             found: Learner | Learners = attach_learners(self.task, self.tokenizer, self.recipe, plan)
         else:
             found = attach_learner(self.task, self.model, self.tokenizer, self.recipe, plan)
-        self.folder.write_json(PLAN, found.plan.as_dict())
+        self.prediction = stored_prediction(plan) or predict(self.recipe, self.task, found.plan.recompute)
+        predicted = {} if self.prediction is None else {"predicted": self.prediction.as_dict()}
+        self.folder.write_json(PLAN, {**found.plan.as_dict(), **predicted})
         for number, line in enumerate(found.lines):
             say(f"{'       ' if number else 'Method '}{line}")
+        if self.prediction is not None:
+            say(f"Plan   {self.prediction.summary}")
         return found
 
     def _train(self, learner: Learner | Learners) -> TrainResult:
         recipe, train_section = self.recipe, self.recipe.train
         fields = self.recipe.method.as_dict()
         method = {f"method.{key}": value for key, value in fields.items()}
+        every, followers = train_section.eval_steps, trackers(recipe.output.report_to, self.folder.path)
+        left = expected(self.prediction, eval_steps=every, base_seconds=self.base_seconds)
         with learner.in_use():
             # What is computed now is computed as the steps will compute it.
             learner.begin(self.folder.path, self._halt_if_asked)
@@ -199,12 +222,18 @@ class Tuning:
                     "quantization": learner.plan.quantization, **method, "task": recipe.task.as_dict(),
                 },
                 evaluate=self.task.held_out_loss(self.model),
-                callbacks=[progress_display(), *trackers(self.recipe.output.report_to, self.folder.path)],
+                callbacks=[progress_display(expected=left), *followers],
                 stop=self.stop,
                 lora_b=learner.output_side,
                 scales=learner.rate_scales,
                 memory=self.memory,
+                watch=LiveDiagnosis(self.folder, lambda: update_size_of(learner), train_section.on_failure),
             )  # fmt: skip
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """What each phase took in this process; `evaluate base` is a part of `evaluate`."""
+        return {**self.memory.seconds(), "evaluate base": self.base_seconds}
 
     def _halt_if_asked(self) -> bool:
         """False, or the end of the run. A measurement that polls it is therefore whole or not there."""
@@ -219,12 +248,15 @@ class Tuning:
         judged = verdict(comparison, known, margin=self.recipe.eval.max_forgetting) if comparison else None
         if before and isinstance(self.task, MultiTask):
             judged = joint_verdict(before.held_out, after.held_out)
+        events = read_events(self.folder.events)
         data = report_data(
             recipe=self.recipe, task=self.task, plan=plan, result=found.result, proof=found.proof,
             comparison=comparison, known=known, judged=judged, folder=self.folder,
-            events=read_events(self.folder.events), notices=collected(), memory=self.memory,
+            events=events, notices=collected(), memory=self.memory,
+            predictions=self._as_predicted(events),
         )  # fmt: skip
         write_report(self.folder.report, data)
+        diagnosed = diagnose(self.folder.path)
         passed = found.proof.is_good and (judged is None or judged.outcome != "FAIL")
         text = (
             judged.text
@@ -233,8 +265,21 @@ class Tuning:
         )
         return TuneResult(
             self.folder.path, self.folder.adapter, self.folder.report, text, passed,
-            lines(self.folder, self.task.dataset, plan, found), figures(found, comparison),
+            (*lines(self.folder, self.task.dataset, plan, found), diagnosed.line),
+            {
+                **figures(found, comparison), "phase_seconds": self.phase_seconds,
+                "findings": [one.as_dict() for one in diagnosed.findings],
+            },
         )  # fmt: skip
+
+    def _as_predicted(self, events: Sequence[Mapping[str, Any]]) -> Predictions | None:
+        """Predicted beside actual; a run that took place here from its start is remembered."""
+        is_whole = self.resume == "never"
+        if self.prediction is not None and is_whole:
+            keep_for_later(self.prediction, events, self.memory)
+        if self.prediction is None:
+            return None
+        return set_beside(self.prediction, events, self.memory, is_whole=is_whole)
 
 
 def _forgotten(before: Measurement, after: Measurement, source: str) -> Forgetting | None:
@@ -242,3 +287,10 @@ def _forgotten(before: Measurement, after: Measurement, source: str) -> Forgetti
     if before.known is None or after.known is None:
         return None
     return forgetting(before.known, after.known, source=source)
+
+
+def update_size_of(learner: Learner | Learners) -> UpdateSize:
+    """What measures the adapters of a run while they are trained."""
+    parts = {"": learner} if isinstance(learner, Learner) else {f"{n}: ": p for n, p in learner.parts.items()}
+    owners = {prefix: (part.model, part.adapters, NAME) for prefix, part in parts.items()}
+    return UpdateSize(owners, learner.parameters)

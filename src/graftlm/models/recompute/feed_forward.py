@@ -124,7 +124,7 @@ class _Call:
         if middle is None:
             self._saved += 1
             return _Inner(self._saved - 1)
-        if tensor.data_ptr() == middle.data_ptr() and tensor.numel() == middle.numel():
+        if _place(tensor) == _place(middle) and tensor.numel() == middle.numel():
             return _Middle(tensor.shape, tensor.stride())
         self._others.append(tensor)
         return _Other(len(self._others) - 1)
@@ -173,3 +173,8 @@ class _Call:
 
 def _never(_: object) -> Tensor:
     raise AssertionError("the repetition has no backward of its own")
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where its values are, or would be: also of a tensor without values."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
