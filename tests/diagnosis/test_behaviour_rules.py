@@ -340,7 +340,7 @@ class TestPolicies:
             ({"entropy": lambda done: 2 * 0.001**done}, "entropy", "train.learning_rate=1.0e-05"),
             ({"kl": lambda done: 4 * done**4}, "kl", "task.beta=0.1"),
         ],
-        ids=str,
+        ids=["even groups", "cut answers", "empty answers", "entropy", "kl"],
     )
     def test_ways_of_going_wrong(self, series: dict[str, Any], figure: str, command: str) -> None:
         found = must(of_policy(policy_log(**series)))

@@ -9,7 +9,7 @@ from graftlm.core.errors import ModelError
 from graftlm.core.notices import notice
 from graftlm.data.records import Example
 from graftlm.models.load import load_tokenizer
-from graftlm.planning.base_facts import BaseFacts
+from graftlm.planning.base_facts import BaseFacts, empty_model
 from graftlm.planning.rows import RowLengths
 from graftlm.tasks.base import Task
 from graftlm.tasks.dataset import Row
@@ -41,6 +41,7 @@ def row_lengths(task: Task[Any], recipe: Recipe, facts: BaseFacts) -> tuple[RowL
         notice(f"Tokens are estimated from characters: {error.seen}")
         return _estimated(task), recipe
     for _, part, own in _parts(task, recipe):
+        part.require_base(empty_model(facts.config, facts.name, facts.ending))  # what it encodes for
         part.recipe = fitted_length(own, room_beside(own.method.config, facts.context or None))
         part.encode(tokenizer)
     found = [counted(part) for _, part, _ in _parts(task, recipe)]
