@@ -23,7 +23,7 @@ def test_the_peak_follows_what_is_used() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who starts a process leaves it nothing elsewhere")
 def test_the_peak_of_who_started_the_process_is_not_its_own() -> None:
-    child = "import torch; from graftlm.training.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    child = "import torch, graftlm.training.memory as m; print(m.peak_bytes(torch.device('cpu')))"
     code = (
         "import subprocess, sys\n"
         f"block = bytearray({2**30})\n"
