@@ -44,7 +44,9 @@ def test_env(graft: Callable[..., Any]) -> None:
     assert "matrix products" in plain.out
     machine = graft("env", "--json")
     assert machine.code == 0
-    assert {"graft", "python", "cpu", "cores", "packages", "extras", "fast_paths", "machine"} <= set(machine.json)
+    assert {"graft", "python", "cpu", "cores", "packages", "extras", "fast_paths", "machine"} <= set(
+        machine.json
+    )
     assert machine.json["machine"]["rates"]["matrix"]["float32"] > 0
 
 

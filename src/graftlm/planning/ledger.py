@@ -22,7 +22,7 @@ _BY_MASK = torch.ops.aten.index.Tensor
 _AGREEMENT = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[misc]
+class Ledger(TorchDispatchMode):
     """Inside, every new storage is counted until it is gone.
 
     >>> with Ledger() as ledger:
@@ -33,7 +33,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         """Bytes of the storages that were made inside and are still there."""
         self.peak = 0

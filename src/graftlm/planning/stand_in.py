@@ -77,17 +77,18 @@ def without_values(model: nn.Module, device: str = "cpu") -> None:
     def of(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             empty = tensor.detach().to("meta")
-            fake: Tensor = FakeTensor(mode, empty, torch.device(device))  # type: ignore[no-untyped-call]
+            fake: Tensor = FakeTensor(mode, empty, torch.device(device))
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             made[id(tensor)] = fake
         return made[id(tensor)]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = of(tensor)
+        held: dict[str, Any] = {**module._parameters, **module._buffers}
+        for name, tensor in held.items():
+            if tensor is not None:
+                place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+                place[name] = of(tensor)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:

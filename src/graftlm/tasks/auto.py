@@ -33,8 +33,8 @@ def told(path: str, format: str, base: str | None, kind: BaseKind | None = None)
 
     Words with tags are token classification, pairs of answers DPO, marked answers KTO, texts with labels
     classification; where none of that is there, an encoder-decoder learns seq2seq, and any other base sft.
-    A format that the user names says what the rows are. Without a base it is taken for one that writes. `kind`:
-    of the base, where it is known already.
+    A format that the user names says what the rows are. Without a base it is taken for one that writes.
+    `kind`: of the base, where it is known already.
 
     Raises:
         DataError: the data cannot be read; ModelError: there is no such base.

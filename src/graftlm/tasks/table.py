@@ -42,8 +42,8 @@ TASKS: Mapping[str, type[Task[Any]]] = {
 
 
 def task_of(recipe: Recipe, kind: BaseKind | None = None) -> Task[Any]:
-    """The task of a recipe; `auto` is told from the data and the base, and `why` says what was seen. `kind`: of
-    the base, where it is known already.
+    """The task of a recipe; `auto` is told from the data and the base, and `why` says what was seen.
+    `kind`: of the base, where it is known already.
 
     Raises:
         DataError: the data cannot be read, or have no known shape; ModelError: there is no such base.
