@@ -58,6 +58,7 @@ def test_the_recipe_is_complete(run: TuneResult) -> None:
     assert recipe["model"] == {
         "name": "sprout", "dtype": "float32", "quantization": "nf4", "double_quant": True,
         "compute_dtype": "float32", "products": "16-bit", "placement": "resident",
+        "embeddings": "resident",
     }  # fmt: skip
     assert recipe["train"]["optim"] == "adamw"
 

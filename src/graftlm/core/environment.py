@@ -34,6 +34,7 @@ EXTRAS = {
     "track": ("tensorboard", "wandb", "mlflow"),
     "peft": ("peft",),
     "metrics": ("sacrebleu", "rouge-score"),
+    "pictures": ("pillow",),
 }
 """The optional parts of the package; a test holds them equal to `pyproject.toml`."""
 

@@ -49,6 +49,7 @@ def fixed(batch: Batch, tokens: int) -> Fixed:
 
     Labels lie on the host, so that the rows are counted there; index and targets go where the ids are.
 
+    >>> import torch
     >>> ids = torch.tensor([[5, 6, 7]])
     >>> inputs = {"input_ids": ids, "position_ids": ids - 5, "cu_seq_lens_q": torch.tensor([0, 3])}
     >>> found = fixed(Batch(inputs, torch.tensor([[-100, 6, 7]]), 2, 3, (1,)), 16)
