@@ -36,7 +36,7 @@ def test_a_run_is_predicted_compared_and_remembered(
     found = read_report(result.run / "report.json").predictions
     assert found is not None
     assert [one.name for one in found.peaks] == [phase.name for phase in stored.memory.phases]
-    # How near they are is for a process of its own (benchmarks/planning_memory.py); this one holds other tests.
+    # How near they are is for a process of its own (benchmarks/planning_memory.py): this one holds more.
     assert all(one.actual and one.predicted > 0 for one in found.peaks)
     assert {one.name for one in found.times} == {"load", "evaluate", "steps", "save", "verify"}
     assert all(one.actual is not None for one in found.times)
