@@ -1,37 +1,72 @@
-"""What a process takes on a CPU besides the bytes in use, as measured on real runs.
+"""What a process holds beside the bytes in use, as measured on real runs.
 
-The C library does not hand back what lies between blocks in use, and a hole serves no larger block. The
-constants were fitted to steps of bases from 2M to 130M parameters; they are the least certain part of a
-prediction. How far it is off is measured by `benchmarks/planning_memory.py`.
+The C library does not hand back what lies between blocks in use, and a hole serves no larger block; libraries
+keep kernels, plans and workspaces. On a CPU the constants are least squares over the runs of
+`benchmarks/planning_memory.py`, which measures how far the predictions are off; they are the least certain
+part of them. A GPU's share is assumed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from graftlm.planning.rehearsal import StepBytes
 
-AT_LOADING, AFTER_LOADING = 22 * 2**20, 90 * 2**20
-"""What a run has in memory besides once it is under way: the architecture, the tokenizer and the rows; then
-compiled kernels and what libraries keep."""
-SCRATCH = 26 * 2**20
-"""What operators borrow, and code that is compiled for the shapes of a step."""
-HOLES = 0.21
-"""Share of the bytes in use that lies in holes at the worst moment of a step."""
-HOLES_OF_A_LAYER = 2.4
-"""Blocks of a layer come and go at the turn of the two passes: so many times what a layer keeps."""
-READ_PACKED = 59 * 2**20
-"""More of both where the base is packed: pieces of it are read into memory of their own."""
-HOLES_WITHOUT_GRADIENT = 0.4
-"""Share of the bytes in use that lies in holes while text is read or written."""
+MIB = 2**20
+AT_LOADING = 22 * MIB
+"""The architecture, the tokenizer and the rows."""
 ON_GPU = 0.04
 """Share of the bytes of a step that a GPU's allocator holds in pieces of pages."""
+IN_FREED, OF_STEP = 0.51, 0.05
+"""A measurement between steps finds room in what they freed: so much of it is new, less what they leave."""
+HOLES_WITHOUT_GRADIENT = 0.4
+"""Share of the bytes in use that lies in holes while text is read or written."""
+BETWEEN_MICRO_BATCHES = 54 * MIB
+"""Gradients that stay from one micro-batch to the next lie between what these take."""
 
 
-def beside_step(step: StepBytes, layer: float, device: str, *, is_packed: bool) -> float:
-    """Bytes held beside those of a step whose layers keep `layer` bytes each."""
-    most = max(step.forward, step.backward)
-    if device != "cpu":
-        return ON_GPU * most
-    return SCRATCH + HOLES * most + HOLES_OF_A_LAYER * layer + (READ_PACKED if is_packed else 0)
+@dataclass(frozen=True)
+class Heap:
+    """The memory of a process on a CPU, by what it computes in."""
+
+    under_way: int
+    """Bytes once a base has computed: kernels, plans of products, the rows."""
+    of_weights: float
+    """Beside each byte of the weights."""
+    of_a_layer: float
+    """Blocks of a layer come and go at the turn of the two passes: so many times what a layer keeps."""
+    of_the_largest: float
+    """Bytes for each value of the largest linear layer: what products rearrange."""
+    proving: int
+
+    def beside_weights(self, weights: int) -> float:
+        """Held before and after training. `weights`: with the trained ones."""
+        return self.under_way + self.of_weights * weights
+
+    def beside_step(self, layer: float, largest: int, *, is_first: bool) -> float:
+        """Held beside a step whose layers keep `layer` bytes each. `is_first`: it has one micro-batch."""
+        more = 0 if is_first else BETWEEN_MICRO_BATCHES
+        return self.of_a_layer * layer + self.of_the_largest * largest + more
+
+
+IN_16_BITS = Heap(89 * MIB, 0.6, 6.6, 14.4, 53 * MIB)
+"""Matrix units have kernels and rearranged weights of their own."""
+IN_32_BITS = Heap(55 * MIB, 0.0, 2.5, 0.0, 5 * MIB)
+
+
+def heap_of(itemsize: int) -> Heap:
+    """For a computation in values of so many bytes."""
+    return IN_16_BITS if itemsize == 2 else IN_32_BITS
+
+
+def beside_on_gpu(step: StepBytes) -> float:
+    """Bytes held beside those of a step."""
+    return ON_GPU * max(step.forward, step.backward)
+
+
+def beside_measuring(measured: float, step: float) -> float:
+    """New bytes of a measurement that follows steps of so many bytes at most, whose memory is still held."""
+    return max(0.0, IN_FREED * measured - OF_STEP * step)
 
 
 def beside_reading(live: float, device: str) -> float:

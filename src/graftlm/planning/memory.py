@@ -15,7 +15,14 @@ from graftlm.planning.activations import (
     reading_bytes,
     step_bytes,
 )
-from graftlm.planning.allocator import AFTER_LOADING, AT_LOADING, beside_reading, beside_step
+from graftlm.planning.allocator import (
+    AT_LOADING,
+    Heap,
+    beside_measuring,
+    beside_on_gpu,
+    beside_reading,
+    heap_of,
+)
 from graftlm.planning.base_facts import BaseFacts
 from graftlm.planning.estimates import MemoryEstimate, Part, Phase
 from graftlm.planning.held import Held, held_bytes
@@ -32,8 +39,6 @@ PROBES, PROBE_VALUES = 8, 2**25
 """Of the proof at the end of a run (`verbs.proof`): texts, and logits of all of them at most."""
 EVALUATED_ROWS, EVALUATED_TOKENS = 16, 8192
 """Of one batch of a measurement (`evaluation.perplexity`)."""
-IN_FREED = 0.6
-"""Share of a measurement's bytes that does not fit into what the steps before it freed."""
 READ_VALUES = 10
 """Bytes for each value of the largest weight while it is read and quantised: stored, in 32 bits, scaled."""
 
@@ -71,10 +76,15 @@ class _Run:
     def is_cpu(self) -> bool:
         return self.machine.device == "cpu"
 
+    @property
+    def heap(self) -> Heap:
+        return heap_of(self.setup.dtype.itemsize)
+
     def phases(self) -> list[Phase]:
         """In the order in which a run first comes to them."""
         step, beside = step_bytes(self.setup, self.policy), self._beside_step()
-        base, weights = self._libraries(AFTER_LOADING), self._weights()
+        under_way = self.heap.beside_weights(self.held.weights + self.held.trained)
+        base, weights = self._libraries(under_way), self._weights()
         own, state = Part(TRAINED, self.held.trained), Part(OPTIMIZER, self.held.state)
         waiting = 0 if self.setup.is_first else self.held.gradients
         kept = [Part(GRADIENTS, waiting), Part(KEPT, step.kept - waiting)]
@@ -89,7 +99,7 @@ class _Run:
         alone_beside = beside_reading(alone, self.machine.device)
         before = Phase("evaluate", (*base, *weights, own, Part(AT_WORK, alone), Part(HOLES, alone_beside)))
         # On a CPU what a step freed stays with the process until training is over.
-        extra = Part(AT_WORK, IN_FREED * measured)
+        extra = Part("measuring", beside_measuring(measured, most))
         between = stepping("evaluate", most, extra) if self.is_cpu else before
         copies = Part("copies to save", self.held.trained + self.held.state)
         after_steps = Phase("update", (*base, *weights, own, state, Part(GRADIENTS, self.held.gradients)))
@@ -100,22 +110,23 @@ class _Run:
             stepping("forward", most if self.is_cpu else step.forward),
             stepping("backward", most),
             stepping("update", most) if self.is_cpu else after_steps,
-            stepping("save", most, copies, extra)
+            stepping("save", most, extra)
             if self.is_cpu
             else Phase("save", (*after_steps.parts, copies)),
             Phase("verify", (*base, *weights, own, *self._proving())),
         ]
 
-    def _libraries(self, more: int) -> list[Part]:
+    def _libraries(self, more: float) -> list[Part]:
         return [Part(LIBRARIES, self.machine.idle_bytes + (more if self.is_cpu else 0))]
 
     def _weights(self) -> list[Part]:
         return [Part(name, size) for name, size in self.held.base]
 
     def _beside_step(self) -> float:
-        layer = layer_bytes(self.setup) if self.is_cpu else 0.0
-        step, is_packed = step_bytes(self.setup, self.policy), self.setup.scheme is not None
-        return beside_step(step, layer, self.machine.device, is_packed=is_packed)
+        if not self.is_cpu:
+            return beside_on_gpu(step_bytes(self.setup, self.policy))
+        layer, is_first = layer_bytes(self.setup), self.setup.is_first
+        return self.heap.beside_step(layer, self.held.largest, is_first=is_first)
 
     def _loading(self) -> list[Part]:
         """Dense weights in their own format lie in mapped files until they are used."""
@@ -165,7 +176,7 @@ class _Run:
         merged = self.held.adapted if merges else 0
         one = 8 * self.held.largest if merges or self.setup.scheme is not None else 0
         live = logits + inside + one
-        beside = beside_reading(inside + one, self.machine.device)
+        beside = beside_reading(inside + one, self.machine.device) + (self.heap.proving if self.is_cpu else 0)
         return [Part("weights before the merge", merged), Part(AT_WORK, live), Part(HOLES, beside)]
 
 
