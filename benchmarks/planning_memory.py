@@ -3,6 +3,7 @@
     python benchmarks/planning_memory.py                      all; about 60 minutes on two cores
     python benchmarks/planning_memory.py --only lora-sprout   these configurations
     python benchmarks/planning_memory.py --keep               append to results/planning-memory.csv
+    python benchmarks/planning_memory.py --again              new predictions for the runs that are kept
 
 Each configuration is one `graft tune` of three steps in a process of its own, on rows of a shared data set.
 The prediction is that of `graft plan`: from the config of the base, the lengths of the rows, and the bytes
@@ -13,6 +14,7 @@ resident memory of the whole process in each phase (VmHWM), as the run's own log
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -139,8 +141,16 @@ CONFIGS = (
     _run("lora-qwen3-0.1b", "qwen3-0.1b", rows=2),
     _run("nf4-qwen3-0.1b-ff", "qwen3-0.1b", NF4, recompute="feed_forward"),
     _run("lora-gpt2-0.1b", "gpt2-0.1b", rows=2),
-    _run("lora-t5", "t5-0.06b", task="seq2seq", rows=8, length=128),
-    _run("lora-bert", "bert-0.08b", task="classification", rows=16, length=128, data=CLASSES),
+    _run("lora-t5", "t5-0.06b", "train.max_steps=12", task="seq2seq", rows=8, length=128),
+    _run(
+        "lora-bert",
+        "bert-0.08b",
+        "train.max_steps=12",
+        task="classification",
+        rows=16,
+        length=128,
+        data=CLASSES,
+    ),
     _run("lora-0.13b", "0.13b"),
     _run("lora-0.13b-everything", "0.13b", recompute="everything"),
     _run("nf4-0.13b", "0.13b", NF4, rows=2),
@@ -236,14 +246,14 @@ def run(config: Config, base: str, data: Path, settings: Sequence[str], out: Pat
     return {peak["phase"]: peak["resident"] for peak in peaks}
 
 
-def measured(config: Config, folder: Path) -> dict[str, Any]:
-    """One row of the results."""
+def measured(config: Config, folder: Path, kept: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """One row of the results. `kept`: resident memory of each phase, where the run was made before."""
     base, data = base_of(config.base, folder), rows_of(config, folder)
     settings = (*QUIET, *config.settings)
     if config.task == "sft":
         settings = (*settings, f"eval.known_path={folder / KNOWN}")
     with tempfile.TemporaryDirectory() as scratch:
-        actual = run(config, base, data, settings, Path(scratch) / "run")
+        actual = dict(kept) if kept else run(config, base, data, settings, Path(scratch) / "run")
     estimate, parameters = predicted(config, base, data, settings)
     found = {phase.name: phase.bytes for phase in estimate.phases}
     actual.pop("start", None)
@@ -255,6 +265,16 @@ def measured(config: Config, folder: Path) -> dict[str, Any]:
         **{f"{name}_actual": actual.get(name, "") for name in PHASES},
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
     }  # fmt: skip
+
+
+def kept_runs() -> dict[str, dict[str, int]]:
+    """The runs in the results, by configuration: bytes of each phase."""
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    return {
+        name: {phase: int(row[f"{phase}_actual"]) for phase in PHASES if row[f"{phase}_actual"]}
+        for name, row in rows.items()
+    }
 
 
 def error(row: Mapping[str, Any], phase: str = "") -> float | None:
@@ -290,6 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[config.name for config in CONFIGS], metavar="NAME")
     parser.add_argument("--keep", action="store_true", help=f"append to results/{RESULTS.name}")
+    parser.add_argument("--again", action="store_true", help="runs as they are kept, new predictions")
     parser.add_argument("--bases", type=Path, help="a folder for bases with random weights, kept")
     parser.add_argument("--write", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -297,14 +318,15 @@ def main() -> None:
     if given.write:
         write_base(given.write[0], Path(given.write[1]))
         return
-    found = []
+    found, kept = [], kept_runs() if given.again else {}
     where = results.where(__file__, "torch", "transformers", "graftlm")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.bases or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for config in CONFIGS:
-            if given.only is None or config.name in given.only:
-                row = measured(config, folder)
+            wanted = given.only is None or config.name in given.only
+            if wanted and (config.name in kept or not given.again):
+                row = measured(config, folder, kept.get(config.name))
                 found.append(row)
                 print(show([row]).splitlines()[2], flush=True)
                 if given.keep:

@@ -17,41 +17,49 @@ AT_LOADING = 22 * MIB
 """The architecture, the tokenizer and the rows."""
 ON_GPU = 0.04
 """Share of the bytes of a step that a GPU's allocator holds in pieces of pages."""
-IN_FREED, OF_STEP = 0.51, 0.05
+IN_FREED, OF_STEP = 0.3, 0.3
 """A measurement between steps finds room in what they freed: so much of it is new, less what they leave."""
 HOLES_WITHOUT_GRADIENT = 0.4
 """Share of the bytes in use that lies in holes while text is read or written."""
-BETWEEN_MICRO_BATCHES = 54 * MIB
+BETWEEN_MICRO_BATCHES = 24 * MIB
 """Gradients that stay from one micro-batch to the next lie between what these take."""
 
 
 @dataclass(frozen=True)
 class Heap:
-    """The memory of a process on a CPU, by what it computes in."""
+    """The memory of a process on a CPU, by what it computes in. Shares are bytes."""
 
     under_way: int
-    """Bytes once a base has computed: kernels, plans of products, the rows."""
-    of_weights: float
-    """Beside each byte of the weights."""
+    """Once a base has computed: kernels, plans of products, the rows."""
+    of_a_parameter: float
+    """Beside each parameter of the base, after it was measured."""
+    of_a_packed_one: float
+    """More, where it is stored in few bits."""
     of_a_layer: float
     """Blocks of a layer come and go at the turn of the two passes: so many times what a layer keeps."""
     of_the_largest: float
-    """Bytes for each value of the largest linear layer: what products rearrange."""
+    """For each value of the largest linear layer: what products rearrange."""
     proving: int
+    proving_packed: int
 
-    def beside_weights(self, weights: int) -> float:
-        """Held before and after training. `weights`: with the trained ones."""
-        return self.under_way + self.of_weights * weights
+    def beside_weights(self, parameters: int, *, is_packed: bool) -> float:
+        """Held before and after training, beside a base of so many parameters."""
+        packed = self.of_a_packed_one if is_packed else 0.0
+        return self.under_way + (self.of_a_parameter + packed) * parameters
 
     def beside_step(self, layer: float, largest: int, *, is_first: bool) -> float:
         """Held beside a step whose layers keep `layer` bytes each. `is_first`: it has one micro-batch."""
         more = 0 if is_first else BETWEEN_MICRO_BATCHES
         return self.of_a_layer * layer + self.of_the_largest * largest + more
 
+    def beside_proof(self, *, is_packed: bool) -> int:
+        """Held beside what a proof compares."""
+        return self.proving_packed if is_packed else self.proving
 
-IN_16_BITS = Heap(89 * MIB, 0.6, 6.6, 14.4, 53 * MIB)
+
+IN_16_BITS = Heap(128 * MIB, 0.476, 0.167, 7.0, 16.0, 0, 20 * MIB)
 """Matrix units have kernels and rearranged weights of their own."""
-IN_32_BITS = Heap(55 * MIB, 0.0, 2.5, 0.0, 5 * MIB)
+IN_32_BITS = Heap(22 * MIB, 0.0, 0.0, 4.5, 0.0, 40 * MIB, 40 * MIB)
 
 
 def heap_of(itemsize: int) -> Heap:

@@ -77,13 +77,17 @@ class _Run:
         return self.machine.device == "cpu"
 
     @property
+    def is_packed(self) -> bool:
+        return self.setup.scheme is not None
+
+    @property
     def heap(self) -> Heap:
         return heap_of(self.setup.dtype.itemsize)
 
     def phases(self) -> list[Phase]:
         """In the order in which a run first comes to them."""
         step, beside = step_bytes(self.setup, self.policy), self._beside_step()
-        under_way = self.heap.beside_weights(self.held.weights + self.held.trained)
+        under_way = self.heap.beside_weights(self.setup.facts.total, is_packed=self.is_packed)
         base, weights = self._libraries(under_way), self._weights()
         own, state = Part(TRAINED, self.held.trained), Part(OPTIMIZER, self.held.state)
         waiting = 0 if self.setup.is_first else self.held.gradients
@@ -145,7 +149,9 @@ class _Run:
         """The loss on held-out rows."""
         length = self._held_out()
         rows = max(1, min(EVALUATED_ROWS, EVALUATED_TOKENS // length, self.workload.held_out_rows or 1))
-        if self.setup.facts.is_encoder_decoder or self.setup.facts.ending.kind != "text":
+        if self.setup.facts.is_encoder_decoder:  # all logits of the targets, in 32 bits
+            return reading_bytes(self.setup, rows, length) + 4.0 * rows * length * self.setup.facts.vocabulary
+        if self.setup.facts.ending.kind != "text":
             return reading_bytes(self.setup, rows, length)
         return evaluation_bytes(self.setup, rows, length)
 
@@ -176,7 +182,8 @@ class _Run:
         merged = self.held.adapted if merges else 0
         one = 8 * self.held.largest if merges or self.setup.scheme is not None else 0
         live = logits + inside + one
-        beside = beside_reading(inside + one, self.machine.device) + (self.heap.proving if self.is_cpu else 0)
+        beside = beside_reading(inside + one, self.machine.device) 
+        beside += self.heap.beside_proof(is_packed=self.is_packed) if self.is_cpu else 0
         return [Part("weights before the merge", merged), Part(AT_WORK, live), Part(HOLES, beside)]
 
 
