@@ -114,9 +114,7 @@ class _Run:
             stepping("forward", most if self.is_cpu else step.forward),
             stepping("backward", most),
             stepping("update", most) if self.is_cpu else after_steps,
-            stepping("save", most, extra)
-            if self.is_cpu
-            else Phase("save", (*after_steps.parts, copies)),
+            stepping("save", most, extra) if self.is_cpu else Phase("save", (*after_steps.parts, copies)),
             Phase("verify", (*base, *weights, own, *self._proving())),
         ]
 
@@ -182,7 +180,7 @@ class _Run:
         merged = self.held.adapted if merges else 0
         one = 8 * self.held.largest if merges or self.setup.scheme is not None else 0
         live = logits + inside + one
-        beside = beside_reading(inside + one, self.machine.device) 
+        beside = beside_reading(inside + one, self.machine.device)
         beside += self.heap.beside_proof(is_packed=self.is_packed) if self.is_cpu else 0
         return [Part("weights before the merge", merged), Part(AT_WORK, live), Part(HOLES, beside)]
 

@@ -54,10 +54,9 @@ def remedy(each: Looked, kept: Sequence[Looked], situation: Situation) -> str:
 def _smaller(each: Looked, least: TooLarge, kept: Sequence[Looked], situation: Situation) -> Iterator[str]:
     """Changes that make it fit, the gentlest first. The last one always does."""
     candidate, recipe = each.candidate, each.candidate.recipe
-    for other in kept:
-        if other.candidate.name == candidate.name and other.candidate.storage != candidate.storage:
-            storage = other.candidate.storage
-            yield f"--set model.quantization={storage} ({in_gib(other.run.memory.peak)})"
+    alike = [other for other in kept if other.candidate.name == candidate.name]
+    for other in sorted(alike, key=lambda other: _changed_places(other, each).count("--set")):
+        yield f"{_changed_places(other, each)} ({in_gib(other.run.memory.peak)})"
     if (
         any(is_written(recipe, f"train.{name}") for name in BATCH)
         and least.effective.train.per_device_train_batch_size > 1
@@ -82,6 +81,16 @@ def _smaller(each: Looked, least: TooLarge, kept: Sequence[Looked], situation: S
     if candidate.name == "full" and kept:
         yield "--method lora"
     yield f"{_memory(least.memory.peak, situation)}, or a smaller base"
+
+
+def _changed_places(other: Looked, each: Looked) -> str:
+    """What another storage or placement of the base is asked for by."""
+    wanted, now = other.candidate.recipe.model, each.candidate.recipe.model
+    fields = {
+        "quantization": (other.candidate.storage, each.candidate.storage),
+        "placement": (wanted.placement, now.placement),
+    }
+    return " ".join(f"--set model.{name}={new}" for name, (new, old) in fields.items() if new != old)
 
 
 def _memory(peak: int, situation: Situation) -> str:
