@@ -56,6 +56,13 @@ def test_silent(rule: Rule, facts: StructureFacts | None) -> None:
 COPIED = {"copied": {"lm_head": 9_000_000}, "copied_ends": ("lm_head",), "rows": 32_000}
 
 
+@pytest.mark.parametrize("rule", [saved_head.RULE, tied_embeddings.RULE], ids=lambda rule: rule.id)
+def test_who_trains_all_weights_saves_them_all(rule: Rule) -> None:
+    structure = replace(CLEAN, files=replace(FILES, **COPIED))
+    assert rule.check(Evidence(structure=structure)) is not None
+    assert rule.check(Evidence({"method": {"type": "full"}}, structure=structure)) is None
+
+
 @pytest.mark.parametrize(
     ("rule", "changes", "words"),
     [

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from graftlm.diagnosis.evidence import Evidence
 from graftlm.diagnosis.finding import Finding
 
+WHOLE = "full"
+"""The method that trains every weight: what belongs into an adapter and what not is no question there."""
+
 Check = Callable[[Evidence], Finding | None]
 """Pure: the same evidence gives the same finding. None: it does not apply, or nobody can tell yet."""
 

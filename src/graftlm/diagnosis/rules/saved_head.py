@@ -5,7 +5,7 @@ from __future__ import annotations
 from graftlm.diagnosis.confidence import confidence
 from graftlm.diagnosis.evidence import Evidence
 from graftlm.diagnosis.finding import Finding
-from graftlm.diagnosis.rule import Rule
+from graftlm.diagnosis.rule import WHOLE, Rule
 from graftlm.diagnosis.shown import again, bars
 
 TIMES, MANY = 3.0, 30.0
@@ -14,8 +14,11 @@ MEGABYTE = 1e6
 
 
 def check(evidence: Evidence) -> Finding | None:
-    """New tokens need their rows, and a model that labels needs its head: neither counts."""
+    """New tokens need their rows, a model that labels needs its head, and who trains all weights saves them
+    all: none of these counts."""
     found = evidence.structure
+    if evidence.method == WHOLE:
+        return None
     if found is None or found.files is None or not found.files.copied_ends or found.labels:
         return None
     files = found.files

@@ -6,7 +6,7 @@ from graftlm.diagnosis.confidence import MOST
 from graftlm.diagnosis.evidence import Evidence
 from graftlm.diagnosis.facts.structure import FileFacts
 from graftlm.diagnosis.finding import Finding, Plot
-from graftlm.diagnosis.rule import Rule
+from graftlm.diagnosis.rule import WHOLE, Rule
 from graftlm.diagnosis.shown import again, bars
 from graftlm.diagnosis.symptoms import Symptom, finding_of
 
@@ -14,7 +14,10 @@ PAIR = 2
 
 
 def check(evidence: Evidence) -> Finding | None:
-    """In a whole model, in copies beside an adapter, and in what an adapter changes."""
+    """In a whole model, in copies beside an adapter, and in what an adapter changes. Full fine-tuning trains
+    a tied pair as one."""
+    if evidence.method == WHOLE:
+        return None
     return finding_of(RULE.id, RULE.title, (_in_model, _in_copies, _in_targets), evidence)
 
 
