@@ -81,7 +81,12 @@ def recipe_model(run: Path) -> dict[str, object]:
     return section if isinstance(section, dict) else {}
 
 
-def _named_base(folder: Path) -> str:
+def base_of_config(folder: Path) -> str | None:
+    """The base that the config of an adapter names; None where it names none.
+
+    Raises:
+        FormatError: the config is no JSON.
+    """
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -91,7 +96,12 @@ def _named_base(folder: Path) -> str:
             fix="Copy or train the adapter again.",
         ) from None
     name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-    if not name:
+    return str(name) if name else None
+
+
+def _named_base(folder: Path) -> str:
+    name = base_of_config(folder)
+    if name is None:
         raise UsageError(
             f"{folder / CONFIG} does not name the base of the adapter.",
             meaning="The tool that wrote it left the name out.",

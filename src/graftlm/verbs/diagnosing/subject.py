@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from graftlm.core.errors import FormatError
 from graftlm.formats.layout import CONFIG
 from graftlm.training.recipe import Recipe
 from graftlm.verbs.diagnosing.depth import Depth
-from graftlm.verbs.references import ADAPTER, RECIPE, refuse_registry_name
+from graftlm.verbs.references import ADAPTER, RECIPE, base_of_config, refuse_registry_name
 
 MODEL_CONFIG = "config.json"
 
@@ -73,7 +72,7 @@ def subject_of(reference: str | Path, *, base: str | None = None, data: str | No
         return Subject(folder, folder, adapters, base=base or _of_recipe(folder), data=data)
     if (folder / CONFIG).is_file():
         run = next((up for up in folder.absolute().parents[:2] if (up / RECIPE).is_file()), None)
-        return Subject(folder, run, (folder,), base=base or _of_adapter(folder), data=data)
+        return Subject(folder, run, (folder,), base=base or base_of_config(folder), data=data)
     if (folder / MODEL_CONFIG).is_file():
         return Subject(folder, merged=folder, base=base, data=data)
     raise FormatError(
@@ -88,17 +87,4 @@ def subject_of(reference: str | Path, *, base: str | None = None, data: str | No
 def _of_recipe(run: Path) -> str | None:
     section: Any = read_yaml(run / RECIPE).get("model")
     name = section.get("name") if isinstance(section, dict) else section
-    return str(name) if name else None
-
-
-def _of_adapter(folder: Path) -> str | None:
-    try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(
-            f"{folder / CONFIG} is not valid JSON: {error}.",
-            meaning="The file is damaged or cut off.",
-            fix="Copy or train the adapter again.",
-        ) from None
-    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     return str(name) if name else None
